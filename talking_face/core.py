@@ -5,7 +5,7 @@
 # %% ../nbs/01_ground/00_core.ipynb #721b1db2
 from __future__ import annotations
 
-import contextlib, hashlib, json, os, random, shutil, tempfile, time
+import contextlib, errno, hashlib, json, os, random, shutil, tempfile, time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,7 +59,7 @@ def generator_for(seed: int, *counters: int) -> np.random.Generator:
 
     Streams of different counters are independent (numpy's SeedSequence), so a run continues exactly where it stopped.
     """
-    return np.random.default_rng(np.random.SeedSequence([seed, *counters]))
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=counters))  # as plain entropy, (3,) and (3, 0) would be one stream
 
 # %% ../nbs/01_ground/00_core.ipynb #ca134f37
 def pick_device(name: str = 'auto') -> 'torch.device':
@@ -91,26 +91,35 @@ def best_thread_count(step: Callable[[], Any], candidates: tuple[int, ...] | Non
     return best, seconds
 
 # %% ../nbs/01_ground/00_core.ipynb #967fabf4
+_DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EIO}
+
+@contextlib.contextmanager
+def _naming_disk_faults(path: Path) -> Iterator[None]:
+    "Turn what the disk refuses while `path` is written into a MediaError; errors about other files pass."
+    try: yield
+    except OSError as error:
+        foreign = error.filename is not None and path.parent not in (Path(str(error.filename)), *Path(str(error.filename)).parents)
+        if error.errno not in _DISK_FAULTS or foreign: raise
+        raise MediaError(f'{path}: cannot be written ({error.strerror}); check the folder, its permissions and the free space') from error
+
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` on success, delete it on any exception.
 
-    The temporary name keeps the suffix, because encoders choose the container by it.
+    The temporary name keeps the suffix, because encoders choose the container by it. Raises MediaError where the disk refuses.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f'.{path.stem}.', suffix=f'.partial{path.suffix}', dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with open(temporary, 'rb+') as file: os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except OSError as error:
-        if isinstance(error, FileNotFoundError): raise
-        raise MediaError(f'{path}: cannot be written ({error.strerror or error}); check the free space and permissions') from error
-    finally: temporary.unlink(missing_ok=True)
+    with _naming_disk_faults(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f'.{path.stem}.', suffix=f'.partial{path.suffix}', dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            with open(temporary, 'rb+') as file: os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)
+        finally: temporary.unlink(missing_ok=True)
 
 def _umask() -> int:
     "The process's umask: mkstemp makes private files, results should have ordinary permissions."
@@ -133,21 +142,19 @@ def read_json(path: str | os.PathLike, kind: type[TalkingFaceError] = DataError)
 def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     "Yield an empty temporary folder beside `path`; it takes the place of `path` on success and vanishes on any exception."
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f'.{path.name}.', suffix='.partial', dir=path.parent))
-    try:
-        yield temporary
-        os.chmod(temporary, 0o777 & ~_umask())
-        if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f'.{path.name}.', suffix='.old', dir=path.parent))
-            os.replace(path, old/'old')
-            os.replace(temporary, path)
-            shutil.rmtree(old, ignore_errors=True)
-        else: os.replace(temporary, path)
-    except OSError as error:
-        if isinstance(error, FileNotFoundError): raise
-        raise MediaError(f'{path}: cannot be written ({error.strerror or error}); check the free space and permissions') from error
-    finally: shutil.rmtree(temporary, ignore_errors=True)
+    with _naming_disk_faults(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f'.{path.name}.', suffix='.partial', dir=path.parent))
+        try:
+            yield temporary
+            os.chmod(temporary, 0o777 & ~_umask())
+            if path.exists():
+                old = Path(tempfile.mkdtemp(prefix=f'.{path.name}.', suffix='.old', dir=path.parent))
+                os.replace(path, old/'old')
+                os.replace(temporary, path)
+                shutil.rmtree(old, ignore_errors=True)
+            else: os.replace(temporary, path)
+        finally: shutil.rmtree(temporary, ignore_errors=True)
 
 def sha256_of(path: str | os.PathLike) -> str:
     "The SHA-256 of a file's content, in hexadecimal; the file is read in pieces."
