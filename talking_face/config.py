@@ -12,8 +12,9 @@ from typing import Any, get_type_hints
 from .core import ConfigError
 
 # %% auto #0
-__all__ = ['PRESETS', 'FINE_TUNE_PRESETS', 'option', 'Config', 'DetectorConfig', 'PreprocessConfig', 'ModelConfig', 'LossConfig',
-           'MetaLearningConfig', 'FineTuneConfig', 'ReenactConfig', 'preset', 'describe']
+__all__ = ['FREE_ON_RESUME', 'PRESETS', 'FINE_TUNE_PRESETS', 'option', 'Config', 'DetectorConfig', 'PhotosConfig',
+           'PreprocessConfig', 'ModelConfig', 'LossConfig', 'MetaLearningConfig', 'FineTuneConfig', 'ReenactConfig',
+           'preset', 'describe']
 
 # %% ../nbs/01_ground/01_config.ipynb #81601b15
 def option(default: Any, help: str, minimum: float | None = None, maximum: float | None = None, choices: tuple | None = None) -> Any:
@@ -78,6 +79,19 @@ class DetectorConfig(Config):
 
 # %% ../nbs/01_ground/01_config.ipynb #26a67e4e
 @dataclass(frozen=True)
+class PhotosConfig(DetectorConfig):
+    "Which photos of a person are used."
+    shots: int = option(8, 'T: use this many of the given photos or frames, spread evenly; 0 = all', 0)
+    clip: str = option('', 'key of a clip, where the photos are a folder of shards')
+    seconds: tuple[float, ...] = option((), 'take photos from this part of a video or clip only: start and end in seconds', 0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.seconds and (len(self.seconds) != 2 or self.seconds[0] >= self.seconds[1]):
+            raise ConfigError(f'seconds = {list(self.seconds)}: give start and end, start before end')
+
+# %% ../nbs/01_ground/01_config.ipynb #a86dfbce
+@dataclass(frozen=True)
 class PreprocessConfig(DetectorConfig):
     "Videos to shards."
     size: int = option(256, 'side of the stored square crop in pixels', 32, 1024)
@@ -89,7 +103,7 @@ class PreprocessConfig(DetectorConfig):
     shard_megabytes: float = option(256.0, 'start a new tar after this size', 0.01)
     jpeg_quality: int = option(95, 'JPEG quality of stored frames', 50, 100)
     minimum_frames: int = option(9, 'reject clips with fewer usable frames (an episode needs K + 1)', 2)
-    minimum_face: float = option(24.0, 'reject frames whose face is narrower than this many pixels', 0)
+    minimum_face: float = option(24.0, 'reject frames whose face is smaller than this many pixels', 0)
     maximum_seconds: float = option(60.0, 'cut longer videos into clips of at most this length', 1)
     identities: str = option('', 'CSV with columns file,identity; empty = the name of the folder a video lies in')
 
@@ -97,7 +111,7 @@ class PreprocessConfig(DetectorConfig):
         super().__post_init__()
         if self.shard >= self.of: raise ConfigError(f'shard = {self.shard}: must be smaller than of = {self.of}')
 
-# %% ../nbs/01_ground/01_config.ipynb #f2ef691c
+# %% ../nbs/01_ground/01_config.ipynb #aa438b49
 @dataclass(frozen=True)
 class ModelConfig(Config):
     "Shapes of embedder E, generator G and discriminator D (Zakharov et al. 2019, section 3)."
@@ -116,7 +130,7 @@ class ModelConfig(Config):
     attention: bool = option(False, 'self-attention at 32 x 32 in the down paths and at 64 x 64 in the up path of G')
     maximum_channels: int = option(512, 'no block is wider', 8, 2048)
 
-# %% ../nbs/01_ground/01_config.ipynb #b90ac2ee
+# %% ../nbs/01_ground/01_config.ipynb #0680de15
 @dataclass(frozen=True)
 class LossConfig(Config):
     "Weights of the generator's losses; zero = not computed."
@@ -143,7 +157,7 @@ class LossConfig(Config):
         "Whether a discriminator is built and trained."
         return self.adversarial > 0
 
-# %% ../nbs/01_ground/01_config.ipynb #aa438b49
+# %% ../nbs/01_ground/01_config.ipynb #d8964b2b
 @dataclass(frozen=True)
 class MetaLearningConfig(Config):
     "Meta-learning: model, losses, episodes, optimisation, and what is logged."
@@ -165,7 +179,7 @@ class MetaLearningConfig(Config):
     schedule: str = option('cosine', 'step size after warm-up: constant, or flat to half and then cosine to 2 %', choices=('constant', 'cosine'))
     clip_norm: float = option(1.0, 'largest gradient norm of E and G; 0 = no clipping', 0)
     ema: float = option(0.997, 'decay of the moving average of E and G that is used for pictures; 0 = off', 0, 0.99999)
-    precision: str = option('bf16', 'arithmetic of convolutions; statistics, losses and weights stay fp32', choices=('fp32', 'bf16'))
+    precision: str = option('bf16', 'arithmetic of convolutions (bf16 where the device has it, else fp32); statistics, losses and weights stay fp32', choices=('fp32', 'bf16'))
     threads: int = option(0, 'CPU threads; 0 = time a few steps and take the best', 0, 1024)
     device: str = option('auto', 'auto, cpu, cuda or cuda:N')
     log_every: int = option(50, 'steps between lines in metrics.jsonl', 1)
@@ -173,13 +187,14 @@ class MetaLearningConfig(Config):
     checkpoint_every: int = option(500, 'steps between checkpoints', 1)
     keep_checkpoints: int = option(2, 'how many of the latest checkpoints are kept', 1)
 
-# %% ../nbs/01_ground/01_config.ipynb #d73e21d9
+FREE_ON_RESUME = ('threads', 'device', 'log_every', 'sample_every', 'checkpoint_every', 'keep_checkpoints')  # options a resumed run may change
+
+# %% ../nbs/01_ground/01_config.ipynb #42fa3984
 @dataclass(frozen=True)
-class FineTuneConfig(Config):
+class FineTuneConfig(PhotosConfig):
     "Fine-tuning on the T photos of one person."
-    shots: int = option(8, 'T: use this many of the given photos or frames, spread evenly; 0 = all', 0)
     epochs: int = option(40, 'passes over the T photos; the paper has 40', 0)
-    views: int = option(5, 'differently augmented views of each photo per epoch; the paper has 1', 1, 64)
+    views: int = option(8, 'differently augmented views of each photo per epoch; the paper has 1', 1, 64)
     batch: int = option(8, 'photos per step (at most T)', 1, 64)
     learning_rate: float = option(1.5e-3, 'Adam step size of the generator', 0, 1)
     psi_learning_rate: float = option(5e-3, 'Adam step size of the person\'s AdaIN parameters psi\'', 0, 1)
@@ -190,32 +205,20 @@ class FineTuneConfig(Config):
     seed: int = option(0, 'start of every source of chance', 0)
     threads: int = option(0, 'CPU threads; 0 = time a few steps and take the best', 0, 1024)
     device: str = option('auto', 'auto, cpu, cuda or cuda:N')
-    detector: str = option('auto', 'landmark detector', choices=('auto', 'dlib', 'fan', 'mediapipe'))
-    weights: str = option('', 'file or folder with the weights of fan or mediapipe')
-    face: str = option('one', 'which face, where a photo has several: one (refuse), largest, or a number counted from the left')
-    clip: str = option('', 'key of a clip, where the photos are a folder of shards')
-    seconds: tuple[float, ...] = option((), 'take photos from this part of a video or clip only: start and end in seconds', 0)
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.seconds and (len(self.seconds) != 2 or self.seconds[0] >= self.seconds[1]):
-            raise ConfigError(f'seconds = {list(self.seconds)}: give start and end, start before end')
 
 @dataclass(frozen=True)
-class ReenactConfig(Config):
+class ReenactConfig(PhotosConfig):
     "A driving video moves a face."
     adapt: str = option('relative', 'fit the driver\'s landmarks to the face: relative (its motion on the face\'s own shape), shape (its proportions '
                         'changed to the face\'s), none', choices=('relative', 'shape', 'none'))
     side_by_side: bool = option(False, 'show the driver beside the result')
     audio: str = option('driver', 'sound of the result', choices=('driver', 'none'))
-    detector: str = option('auto', 'landmark detector', choices=('auto', 'dlib', 'fan', 'mediapipe'))
-    weights: str = option('', 'file or folder with the weights of fan or mediapipe')
-    face: str = option('one', 'which face, where there are several: one (refuse several), largest, or a number counted from the left')
+    photo_face: str = option('', 'the same for photos that are given with a run; empty = as face')
     batch: int = option(8, 'frames generated together', 1, 256)
     threads: int = option(0, 'CPU threads; 0 = torch\'s own choice', 0, 1024)
     device: str = option('auto', 'auto, cpu, cuda or cuda:N')
 
-# %% ../nbs/01_ground/01_config.ipynb #28240c39
+# %% ../nbs/01_ground/01_config.ipynb #41dcd6ae
 PRESETS: dict[str, MetaLearningConfig] = {
     'tiny': MetaLearningConfig(),
     'small': MetaLearningConfig(
@@ -242,7 +245,7 @@ def preset(name: str, **changes: Any) -> MetaLearningConfig:
     if name not in PRESETS: raise ConfigError(f'preset {name!r}: choose one of {", ".join(PRESETS)}')
     return PRESETS[name].replace(**changes)
 
-# %% ../nbs/01_ground/01_config.ipynb #284bd256
+# %% ../nbs/01_ground/01_config.ipynb #dd905b87
 def describe(config: Config | type[Config]) -> str:
     "A Markdown table of a config's options: name, value (or default), allowed values, help."
     rows = ['| option | value | allowed | meaning |', '|---|---|---|---|']

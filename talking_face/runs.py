@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import talking_face
 from .core import ConfigError, DataError, TalkingFaceError, atomic_path, read_json, write_json
 from .config import Config
 
@@ -29,47 +30,47 @@ def environment() -> dict[str, Any]:
                 packages={name: of(name) for name in packages}, commit=_commit())
 
 def _commit() -> str:
-    "The git commit of the current folder, with + where files differ from it; empty where there is none."
+    "The git commit of this package's checkout, with + where files differ from it; empty where it is not in one."
     def git(*arguments: str) -> str:
-        return subprocess.run(['git', *arguments], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        return subprocess.run(['git', '-C', os.path.dirname(talking_face.__file__), *arguments], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     try: return git('rev-parse', 'HEAD') + ('+' if git('status', '--porcelain', '--untracked-files=no') else '')
     except (OSError, subprocess.SubprocessError): return ''
 
 # %% ../nbs/01_ground/02_runs.ipynb #1fa8e369
 class RunFolder:
     "A run's folder: config, environment, events, checkpoints, samples."
-    def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike): self.path = Path(path)
 
     @classmethod
     def create(cls, path: str | os.PathLike, config: Config, exist_ok: bool = False) -> 'RunFolder':
-        "Make the folder at `path` and write config and environment. A folder that holds a run is refused unless `exist_ok`."
+        "Make the folder at `path` and write config and environment. A folder that holds a run is refused unless `exist_ok`; then what a kill left half-written is removed."
         run = cls(path)
         if (run.path/'config.json').exists() and not exist_ok:
             raise DataError(f'{run.path}: already holds a run; add --resume to continue it, or give another folder')
+        for torn in run.path.rglob('.*.partial*'): torn.unlink(missing_ok=True)  # temporary names of `atomic_path`
         for name in ('checkpoints', 'samples'): (run.path/name).mkdir(parents=True, exist_ok=True)
         write_json(run.path/'config.json', config.to_dict())
-        write_json(run.path/'environment.json', environment())
+        if not (run.path/'environment.json').exists(): write_json(run.path/'environment.json', environment())
         return run
 
     @classmethod
     def numbered(cls, root: str | os.PathLike, stage: str, preset: str, seed: int) -> Path:
         "Take the next free number under `root` and return the new, empty folder NNNNN-stage-preset-seedK."
-        root = Path(root); root.mkdir(parents=True, exist_ok=True)
+        Path(root).mkdir(parents=True, exist_ok=True)
         while True:
             taken = [int(name[:5]) for name in os.listdir(root) if re.match(r'\d{5}-', name)]
-            path = root/f'{max(taken, default=-1) + 1:05d}-{stage}-{preset}-seed{seed}'
+            path = Path(root)/f'{max(taken, default=-1) + 1:05d}-{stage}-{preset}-seed{seed}'
             with contextlib.suppress(FileExistsError): path.mkdir(); return path
 
     def log(self, event: str, **values: Any) -> None:
         "Append one event to metrics.jsonl; numbers that are not finite are written as null, so that every line is JSON."
         line = dict(event=event, time=round(time.time(), 3), **values)
         clean = {key: None if isinstance(value, float) and value - value != 0 else value for key, value in line.items()}
-        with open(self.path/'metrics.jsonl', 'a') as file: file.write(json.dumps(clean) + '\n')
+        with open(self.path/'metrics.jsonl', 'a', encoding='utf-8') as file: file.write(json.dumps(clean) + '\n')
 
     def events(self, event: str = '') -> list[dict[str, Any]]:
         "The events so far (of one kind, if named). A torn last line, left by a kill, is passed over."
-        try: lines = (self.path/'metrics.jsonl').read_text().splitlines()
+        try: lines = (self.path/'metrics.jsonl').read_text(encoding='utf-8').splitlines()
         except FileNotFoundError: return []
         rows = []
         for number, line in enumerate(lines, 1):
@@ -83,20 +84,19 @@ class RunFolder:
         "Forget events of this kind after `step`: a resumed run writes them again."
         if not (self.path/'metrics.jsonl').exists(): return
         kept = [row for row in self.events() if row['event'] != event or row.get('step', 0) <= step]
-        with atomic_path(self.path/'metrics.jsonl') as temporary: temporary.write_text(''.join(json.dumps(row) + '\n' for row in kept))
+        with atomic_path(self.path/'metrics.jsonl') as temporary: temporary.write_text(''.join(json.dumps(row) + '\n' for row in kept), encoding='utf-8')
 
     @contextlib.contextmanager
     def outcome(self) -> Iterator[None]:
         "Write DONE when the block ends and FAILED, with the reason, when it raises."
+        def mark(name: str, text: str) -> None:
+            with atomic_path(self.path/name) as temporary: temporary.write_text(text, encoding='utf-8')
         for name in ('DONE', 'FAILED'): (self.path/name).unlink(missing_ok=True)
         try: yield
         except BaseException as error:
-            with contextlib.suppress(OSError, TalkingFaceError): self._mark('FAILED', f'{type(error).__name__}: {error}\n')
+            with contextlib.suppress(OSError, TalkingFaceError): mark('FAILED', f'{type(error).__name__}: {error}\n')
             raise
-        self._mark('DONE', 'complete\n')
-
-    def _mark(self, name: str, text: str) -> None:
-        with atomic_path(self.path/name) as temporary: temporary.write_text(text)
+        mark('DONE', 'complete\n')
 
 # %% ../nbs/01_ground/02_runs.ipynb #88b3b84f
 PROGRESS_FILE = 'TALKING_FACE_PROGRESS_FILE'
@@ -191,6 +191,8 @@ def read_parameters(namespace: dict[str, Any], **declared: Any) -> dict[str, Any
     return check_parameters(ours, declared, 'this notebook')
 
 # %% ../nbs/01_ground/02_runs.ipynb #61f9841a
+_ONE_AT_A_TIME = threading.Lock()  # the kernel learns its progress file from the environment, which a process has once
+
 def execute(notebook: str | os.PathLike, output: str | os.PathLike, folder: str | os.PathLike = '.', timeout_s: int | None = None,
             callback: Callable[[str], None] | None = None, **parameters: Any) -> Path:
     """Execute a notebook with parameters in a kernel whose working folder is `folder`; write the executed copy to `output`.
@@ -199,16 +201,19 @@ def execute(notebook: str | os.PathLike, output: str | os.PathLike, folder: str 
     `callback` receives the notebook's progress lines; without it they go to the terminal.
     """
     import papermill
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
     parameters = check_parameters(parameters, declared_parameters(notebook), str(notebook))
-    with atomic_path(output) as temporary, _progress_lines(callback):
+    with _ONE_AT_A_TIME, atomic_path(output) as temporary, _progress_lines(callback):
         try:
             papermill.execute_notebook(str(notebook), str(temporary), parameters=parameters, cwd=str(folder), progress_bar=False,
-                                       kernel_name='python3', execution_timeout=timeout_s, log_output=False)
+                                       kernel_name='python3', execution_timeout=timeout_s, extra_arguments=['--IPKernelApp.log_level=40'])
         except PapermillExecutionError as error:
             _keep(temporary, output)
             kinds = {kind.__name__: kind for kind in _children(TalkingFaceError)}
             raise kinds.get(error.ename, RuntimeError)(f'{error.evalue}' if error.ename in kinds else f'{notebook}: {error.ename}: {error.evalue}') from error
+        except (DeadKernelError, CellTimeoutError) as error:
+            raise TalkingFaceError(f'{notebook}: its kernel stopped ({str(error).splitlines()[0]}); give it more time or memory') from error
     return Path(output)
 
 def _keep(temporary: Path, output: str | os.PathLike) -> None:

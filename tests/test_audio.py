@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np, pytest
 
 from talking_face.signals.audio import first_rows, frame_windows, log_mel_spectrogram, mfcc, window_at
-from talking_face.signals.media import probe_video, read_audio
+from talking_face.signals.media import probe_video
+from talking_face.signals.sound import read_audio
 
 SHARED = Path('../shared/data')
 

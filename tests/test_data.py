@@ -9,8 +9,10 @@ import pytest
 from talking_face.config import ModelConfig, PreprocessConfig
 from talking_face.core import ConfigError, DataError, MediaError, tensor_to_frames
 from talking_face.data.episodes import EpisodeSampler, read_clip
-from talking_face.data.preprocessing import find_sources, landmarks_beside, preprocess
-from talking_face.data.shards import copy_clips, iterate_shards, open_clip, read_manifest, verify
+from talking_face.data.preprocessing import preprocess
+from talking_face.data.shard_writing import copy_clips
+from talking_face.data.shards import iterate_shards, open_clip, read_manifest, verify
+from talking_face.data.sources import find_sources, landmarks_beside
 
 ROOT = Path(__file__).parent.parent
 CORPUS = ROOT/'data/embedded'
@@ -112,7 +114,7 @@ def test_a_changed_video_is_not_silently_kept(videos, shards, tmp_path):
     with pytest.raises(DataError, match='bytes was'): preprocess([inputs], copy, CONFIG, landmarks=known_points)
 
 def test_full_disk_is_one_sentence(videos, tmp_path, monkeypatch):
-    import talking_face.data.shards as module
+    import talking_face.data.shard_writing as module
     def full(file): raise OSError(28, 'No space left on device')
     monkeypatch.setattr(module, '_sync', full)
     with pytest.raises(DataError, match='No space left'): preprocess([videos], tmp_path/'out', CONFIG, landmarks=known_points)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from talking_face.core import CheckpointError, WeightsUnavailable
-from talking_face.networks import face_features as ff
+from talking_face.networks import dlib_file, face_features as ff
 
 ROOT = Path(__file__).parents[1]
 REAL = ROOT/'..'/'shared'/'data'/'clips'
@@ -61,7 +61,7 @@ def small_file(rng: np.random.Generator, newer: bool = False) -> tuple[bytes, di
 def small(request) -> tuple[bytes, dict[str, np.ndarray]]:
     return small_file(np.random.default_rng(0), request.param)
 
-def read(content: bytes) -> ff.DlibNetwork: return ff._walk(ff._Reader(content, 'small.dat'))
+def read(content: bytes) -> dlib_file.DlibNetwork: return dlib_file._walk(dlib_file._Reader(content, 'small.dat'))
 
 
 # ---- reading and damage
@@ -119,20 +119,20 @@ def test_another_network_and_missing_files_are_refused(tmp_path, monkeypatch):
     path.write_bytes(small_file(np.random.default_rng(0))[0])
     with pytest.raises(CheckpointError, match='SHA-256'): ff.load_face_recognition_network(path)
     with pytest.raises(CheckpointError, match='another network'): ff.load_face_recognition_network(path, sha256='')
-    with pytest.raises(CheckpointError, match='absent.dat'): ff.read_dlib_network(tmp_path/'absent.dat')
-    monkeypatch.setattr(ff.importlib.util, 'find_spec', lambda name: None)
+    with pytest.raises(CheckpointError, match='absent.dat'): dlib_file.read_dlib_network(tmp_path/'absent.dat')
+    monkeypatch.setattr(dlib_file.importlib.util, 'find_spec', lambda name: None)
     with pytest.raises(WeightsUnavailable, match='pip install'): ff.load_face_recognition_network()
 
 @needs_weights
 def test_damage_to_the_real_file():
-    content = ff.find_face_recognition_file().read_bytes()
+    content = dlib_file.find_face_recognition_file().read_bytes()
     rng = np.random.default_rng(1)
     for length in rng.integers(0, len(content), 100):
-        with pytest.raises(CheckpointError): ff._walk(ff._Reader(content[:length], 'cut'))
+        with pytest.raises(CheckpointError): dlib_file._walk(dlib_file._Reader(content[:length], 'cut'))
     damaged, places = bytearray(content), rng.integers(0, 700, 200)
     for place, bit in zip(places, rng.integers(0, 8, 200)):
         damaged[place] ^= 1 << bit
-        try: ff._walk(ff._Reader(bytes(damaged), 'flipped'))
+        try: dlib_file._walk(dlib_file._Reader(bytes(damaged), 'flipped'))
         except CheckpointError: pass
         damaged[place] ^= 1 << bit
     assert bytes(damaged) == content
@@ -140,7 +140,7 @@ def test_damage_to_the_real_file():
 @needs_weights
 def test_almost_the_right_network_is_refused():
     "A changed stride, a missing scale or a number that is not finite must not load."
-    stored = ff.read_dlib_network(ff.find_face_recognition_file())
+    stored = dlib_file.read_dlib_network(dlib_file.find_face_recognition_file())
     def load(index, **changes):
         layers = list(stored.layers); layers[index] = layers[index]._replace(**changes)
         ff._fill(ff.FaceRecognitionNetwork(), stored._replace(layers=tuple(layers)), 'changed')
@@ -170,7 +170,7 @@ def compare(frames: list[np.ndarray], landmarks: list[np.ndarray]) -> tuple[np.n
     import dlib
     torch.set_num_threads(1)
     network = ff.load_face_recognition_network()
-    recogniser = dlib.face_recognition_model_v1(str(ff.find_face_recognition_file()))
+    recogniser = dlib.face_recognition_model_v1(str(dlib_file.find_face_recognition_file()))
     rows = []
     for frame, points in zip(frames, landmarks):
         chip = dlib_chip(frame, points)
@@ -220,7 +220,7 @@ def test_chips_equal_dlib_where_faces_are_large_and_the_picture_is_halved(embedd
 def test_descriptors_equal_dlib_on_real_faces():
     if not REAL.is_dir(): pytest.skip(f'{REAL} is absent: real clips are not part of this repository')
     import dlib
-    models = ff.find_face_recognition_file().parent
+    models = dlib_file.find_face_recognition_file().parent
     detector, predictor = dlib.get_frontal_face_detector(), dlib.shape_predictor(str(models/'shape_predictor_68_face_landmarks.dat'))
     frames, landmarks = [], []
     for path in sorted(REAL.glob('*/*.mp4')):

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np, pytest
 
 from talking_face.core import ConfigError, NoFaceError
+from talking_face.signals.adaptation import adapt_landmarks, fit_adaptation
 from talking_face.signals.drawing import PALETTES, Palette, draw_landmarks
-from talking_face.signals.geometry import (adapt_landmarks, clip_crop, compose, fill_gaps, fit_adaptation, frame_crop, invert, similarity,
-                                           transform_points, warp_image)
+from talking_face.signals.geometry import clip_crop, compose, fill_gaps, frame_crop, invert, similarity, transform_points, warp_image
 from talking_face.signals.landmarks import INNER_LIP_PAIRS, interocular_distance, mouth_opening
 
 EMBEDDED, SHARED = Path('data/embedded/clips'), Path('../shared/data')

@@ -11,29 +11,34 @@ from pathlib import Path
 
 import numpy as np
 
-from ..config import FineTuneConfig, ReenactConfig
-from ..core import ConfigError
+from ..config import FineTuneConfig, PhotosConfig, ReenactConfig
+from ..core import ConfigError, DataError, SeveralFacesError
+from ..data.episodes import frame_view
 from ..data.photos import Photos, load_photos
-from ..few_shot.fine_tuning import Person, feed_forward, fine_tune, load_person, view
+from ..few_shot.fine_tuning import Person, feed_forward, fine_tune, load_person
 from ..few_shot.meta_learning import FewShotModel, load_run
 
 # %% auto #0
 __all__ = ['photos_for', 'preview', 'make_person', 'find_person']
 
 # %% ../../nbs/11_app/00_pipelines.ipynb #3eb3a3ff
-def photos_for(model: FewShotModel, paths: list[str | os.PathLike], config: FineTuneConfig) -> Photos:
+def photos_for(model: FewShotModel, paths: list[str | os.PathLike], config: PhotosConfig) -> Photos:
     "The photos at `paths`, cropped as the model was trained, at twice its size."
     return load_photos(paths, config, 2 * model.config.model.image_size, model.margin)
 
 def preview(person: Person, photos: Photos) -> np.ndarray:
     "A picture with the photos above and the person animated by the photos' own landmarks below; what fine-tuning has learned at a glance."
     size = person.config.model.image_size
-    real = [view(image, points, size)[0] for image, points in zip(*photos)][:8]
+    real = [frame_view(image, points, size)[0] for image, points in zip(*photos)][:8]
     return np.vstack([np.hstack(real), np.hstack(person.animate(person.landmarks[:8]))])
 
 def make_person(model: FewShotModel, paths: list[str | os.PathLike], config: FineTuneConfig, out: str | os.PathLike, callback: Callable | None = None,
                 log: Callable[[int, dict[str, float]], None] | None = None) -> Person:
     "Fine-tune `model` on the photos at `paths` and save the person, with its preview, in the folder `out`."
+    out = Path(out)
+    if out.exists() and not (out/'person.safetensors').is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f'{out}: exists and is not a person; give a new folder')
+    if out.resolve() == Path.cwd(): raise DataError(f'{out}: is the working folder itself; give a new folder')
     photos = photos_for(model, paths, config)
     person = fine_tune(model, photos, config, callback, log)
     person.save(out, preview(person, photos))
@@ -44,5 +49,6 @@ def find_person(person: str | os.PathLike | None, run: str | os.PathLike | None,
     if person: return load_person(person)
     if not (run and paths): raise ConfigError('no face is given: name a person, or a run together with photos')
     model = load_run(run)
-    options = FineTuneConfig(shots=0, detector=config.detector, weights=config.weights, face=config.face)
-    return feed_forward(model, photos_for(model, paths, options))
+    options = PhotosConfig(config.detector, config.weights, config.photo_face or config.face, config.shots, config.clip, config.seconds)
+    try: return feed_forward(model, photos_for(model, paths, options))
+    except SeveralFacesError as error: raise SeveralFacesError(str(error).replace('--face', '--photo-face')) from error  # --face is the driver's

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..core import DataError, TalkingFaceError, atomic_path, read_json
 
 # %% auto #0
-__all__ = ['rebase_links', 'output_text', 'cell_text', 'readme_text', 'main']
+__all__ = ['rebase_links', 'output_text', 'cell_text', 'readme_text', 'write_readme']
 
 # %% ../../nbs/11_app/03_readme.ipynb #287dc1b8
 _LINK_OR_CODE = re.compile(r'(?P<code>^```.*?^```[ \t]*$|`[^`\n]*`)|(?P<open>\]\()(?P<target>[^()\s]+)', re.MULTILINE | re.DOTALL)
@@ -49,7 +49,7 @@ def readme_text(notebook: str | os.PathLike) -> str:
     body = rebase_links('\n\n'.join(filter(None, cells)), Path(notebook).resolve().parent.name)
     return f'<!-- Made from {Path(notebook).resolve().parent.name}/{Path(notebook).name} by `make prepare`; edit that notebook. -->\n\n{body}\n'
 
-def main() -> int:
+def write_readme() -> int:
     "Write README.md of the repository in the working folder; returns the exit code."
     try:
         text = readme_text('nbs/index.ipynb')
@@ -60,4 +60,4 @@ def main() -> int:
     print(f'README.md: {len(text.splitlines())} lines')
     return 0
 
-if __name__ == '__main__' and '__file__' in globals(): raise SystemExit(main())  # not in a notebook, whose name is __main__, too
+if __name__ == '__main__' and '__file__' in globals(): raise SystemExit(write_readme())  # not in a notebook, whose name is __main__, too

@@ -17,66 +17,39 @@ import numpy as np
 import soundfile
 
 from ..core import DataError
+from ..signals.audio import AUDIO_RATE_HZ
 
 # %% auto #0
-__all__ = ['SAMPLE_RATE_HZ', 'pack_sample', 'encode_frame', 'encode_sound', 'encode_clip', 'fraction_text', 'StoredClip',
-           'ClipRecord', 'Manifest', 'read_manifest', 'CommitLog', 'ShardWriter', 'open_clip', 'verify', 'copy_clips',
-           'iterate_shards']
+__all__ = ['KEY_PATTERN', 'MEMBER_PATTERN', 'StoredClip', 'fraction_text', 'ClipRecord', 'Manifest', 'read_json_lines',
+           'read_manifest', 'open_clip', 'read_sample', 'verify', 'iterate_shards']
 
 # %% ../../nbs/03_data/00_shards.ipynb #65254179
-SAMPLE_RATE_HZ = 16_000
-_KEY = re.compile(r'[A-Za-z0-9_-]{1,80}')
-_SUFFIX = re.compile(r'\d{4,9}\.jpg|landmarks\.npy|scores\.npy|flac|json')
-_BLOCK = 512  # everything in a tar starts at a multiple of this
-_TRAILER = bytes(2 * _BLOCK)  # two empty blocks end a tar
-
-def pack_sample(key: str, members: Mapping[str, bytes]) -> bytes:
-    """The tar blocks of one sample: `members` maps a suffix ('json', '0000.jpg', ...) to its bytes.
-
-    Equal content gives equal bytes. Raises DataError for a key that is not 1 to 80 letters, digits, `_` or `-`, or an unknown suffix.
-    """
-    if not _KEY.fullmatch(key): raise DataError(f'key {key!r}: use 1 to 80 letters, digits, "_" and "-"')
-    blocks = []
-    for suffix, data in members.items():
-        if not _SUFFIX.fullmatch(suffix): raise DataError(f'{key}.{suffix}: this is no part of a clip')
-        header = tarfile.TarInfo(f'{key}.{suffix}')
-        header.size, header.mode = len(data), 0o644  # time and owner stay 0
-        blocks += [header.tobuf(tarfile.USTAR_FORMAT), data, bytes(-len(data) % _BLOCK)]
-    return b''.join(blocks)
+KEY_PATTERN = re.compile(r'[A-Za-z0-9_-]{1,80}')                                      # the name of a clip
+MEMBER_PATTERN = re.compile(r'\d{4,9}\.jpg|landmarks\.npy|scores\.npy|flac|json')      # what may stand behind the name
 
 # %% ../../nbs/03_data/00_shards.ipynb #6756a7c2
-def encode_frame(image: np.ndarray, quality: int = 95) -> bytes:
-    "A frame `(H, W, 3)` uint8 RGB as JPEG without colour subsampling."
-    options = [cv2.IMWRITE_JPEG_QUALITY, quality, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
-    return cv2.imencode('.jpg', image[..., ::-1], options)[1].tobytes()
+def _read_array(data: bytes, origin: str) -> np.ndarray:
+    "A float32 array from the bytes of a .npy file."
+    try: values = np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError, OSError, SyntaxError) as error: raise DataError(f'{origin} is damaged ({error})') from error
+    if not isinstance(values, np.ndarray) or values.dtype != np.float32: raise DataError(f'{origin} is not a float32 array')
+    return values
 
-def encode_sound(samples: np.ndarray) -> bytes:
-    "Mono sound `(S,)` float32 in [-1, 1] at 16 kHz as 16 bit FLAC."
-    levels = np.clip(np.round(samples * 32768), -32768, 32767).astype(np.int16)
-    buffer = io.BytesIO()
-    soundfile.write(buffer, levels, SAMPLE_RATE_HZ, format='FLAC', subtype='PCM_16')
-    return buffer.getvalue()
+def _read_picture(data: bytes, size: Any, origin: str) -> np.ndarray:
+    "A `size` x `size` picture, uint8 RGB, from the bytes of a JPEG file."
+    whole = data.startswith(b'\xff\xd8\xff') and data.endswith(b'\xff\xd9')  # of half a JPEG, OpenCV would decode the rest as grey
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB) if whole else None
+    if image is None or image.shape != (size, size, 3): raise DataError(f'{origin} is not a JPEG picture of {size} x {size} pixels')
+    return image
 
-def encode_clip(info: Mapping[str, Any], landmarks: np.ndarray, scores: np.ndarray, frames: list[bytes], sound: bytes = b'') -> dict[str, bytes]:
-    """The members of one sample.
+def _read_sound(data: bytes, origin: str) -> np.ndarray:
+    "Mono sound `(S,)` float32 at 16 kHz from the bytes of a FLAC file."
+    try: samples, rate = soundfile.read(io.BytesIO(data), dtype='float32')
+    except soundfile.LibsndfileError as error: raise DataError(f'{origin} is damaged ({error})') from error
+    if rate != AUDIO_RATE_HZ or samples.ndim != 1: raise DataError(f'{origin} is not mono at {AUDIO_RATE_HZ} Hz')
+    return samples
 
-    `info` is anything JSON can hold; `landmarks (T, 68, 2)`, `scores (T,)`; `frames`: T JPEG files; `sound`: a FLAC file or nothing.
-    """
-    if landmarks.shape != (len(frames), 68, 2) or scores.shape != (len(frames),):
-        raise ValueError(f'{len(frames)} frames, but landmarks {landmarks.shape} and scores {scores.shape}')
-    members = {'json': json.dumps(info, sort_keys=True, ensure_ascii=False).encode()}
-    for name, values in (('landmarks', landmarks), ('scores', scores)):
-        buffer = io.BytesIO()
-        np.save(buffer, np.ascontiguousarray(values, np.float32), allow_pickle=False)
-        members[f'{name}.npy'] = buffer.getvalue()
-    if sound: members['flac'] = sound
-    return members | {f'{i:04d}.jpg': frame for i, frame in enumerate(frames)}
-
-def fraction_text(value: Fraction) -> str:
-    "A Fraction as 'numerator/denominator', always with the denominator."
-    return f'{value.numerator}/{value.denominator}'
-
-# %% ../../nbs/03_data/00_shards.ipynb #e34914a7
+# %% ../../nbs/03_data/00_shards.ipynb #a61fa5b8
 class StoredClip:
     """One clip: `key`, `info` (dict), `landmarks (T, 68, 2)` and `scores (T,)` float32; frames and sound are decoded when asked for.
 
@@ -85,10 +58,10 @@ class StoredClip:
     def __init__(self, key: str, members: Mapping[str, bytes], origin: str = ''):
         self.key, self.members, self.origin = key, members, origin or key
         for suffix in members:
-            if not _SUFFIX.fullmatch(suffix): raise DataError(f'{self.origin}: foreign member {suffix!r} is not opened; remake the shard')
+            if not MEMBER_PATTERN.fullmatch(suffix): raise DataError(f'{self.origin}: foreign member {suffix!r} is not opened; remake the shard')
         try: self.info = json.loads(self._member('json'))
         except ValueError as error: raise DataError(f'{self.origin}: its JSON is damaged ({error})') from error
-        self.landmarks, self.scores = self._array('landmarks.npy'), self._array('scores.npy')
+        self.landmarks, self.scores = (_read_array(self._member(name), f'{self.origin}: {name}') for name in ('landmarks.npy', 'scores.npy'))
         count = sum(suffix.endswith('.jpg') for suffix in members)
         if not isinstance(self.info, dict) or self.landmarks.shape != (count, 68, 2) or self.scores.shape != (count,):
             raise DataError(f'{self.origin}: {count} frames, landmarks {self.landmarks.shape} and scores {self.scores.shape} do not fit together')
@@ -99,21 +72,9 @@ class StoredClip:
         try: return self.members[suffix]
         except KeyError as error: raise DataError(f'{self.origin}: member {suffix!r} is missing') from error
 
-    def _array(self, suffix: str) -> np.ndarray:
-        try: values = np.load(io.BytesIO(self._member(suffix)), allow_pickle=False)
-        except (ValueError, EOFError, OSError, SyntaxError) as error: raise DataError(f'{self.origin}: {suffix} is damaged ({error})') from error
-        if not isinstance(values, np.ndarray) or values.dtype != np.float32: raise DataError(f'{self.origin}: {suffix} is not a float32 array')
-        return values
-
     def frame(self, index: int) -> np.ndarray:
         "Frame `index` (0 .. T-1) as uint8 `(S, S, 3)` RGB."
-        data = self._member(f'{index:04d}.jpg')
-        whole = data.startswith(b'\xff\xd8\xff') and data.endswith(b'\xff\xd9')  # of half a JPEG, OpenCV would decode the rest as grey
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB) if whole else None
-        size = self.info.get('size')
-        if image is None or image.shape != (size, size, 3):
-            raise DataError(f'{self.origin}: frame {index} is not a JPEG picture of {size} x {size} pixels')
-        return image
+        return _read_picture(self._member(f'{index:04d}.jpg'), self.info.get('size'), f'{self.origin}: frame {index}')
 
     def frames(self, indices: Iterable[int] | None = None) -> np.ndarray:
         "The frames at `indices` (all by default), uint8 `(T, S, S, 3)`."
@@ -128,12 +89,13 @@ class StoredClip:
 
     def audio(self) -> np.ndarray:
         "The sound as float32 `(S,)` at 16 kHz, starting with the clip. Raises DataError where there is none."
-        try: samples, rate = soundfile.read(io.BytesIO(self._member('flac')), dtype='float32')
-        except soundfile.LibsndfileError as error: raise DataError(f'{self.origin}: its sound is damaged ({error})') from error
-        if rate != SAMPLE_RATE_HZ or samples.ndim != 1: raise DataError(f'{self.origin}: its sound is not mono at {SAMPLE_RATE_HZ} Hz')
-        return samples
+        return _read_sound(self._member('flac'), f'{self.origin}: its sound')
 
-# %% ../../nbs/03_data/00_shards.ipynb #1f380b8f
+# %% ../../nbs/03_data/00_shards.ipynb #4e0360fd
+def fraction_text(value: Fraction) -> str:
+    "A Fraction as 'numerator/denominator', always with the denominator."
+    return f'{value.numerator}/{value.denominator}'
+
 @dataclass(frozen=True)
 class ClipRecord:
     "One row of the manifest: what a clip is and where it lies."
@@ -165,11 +127,11 @@ class ClipRecord:
         if not isinstance(row, dict) or row.keys() != kinds.keys(): raise ValueError(f'a row needs exactly {", ".join(kinds)}')
         for name, kind in kinds.items():
             if not isinstance(row[name], kind): raise ValueError(f'{name} = {row[name]!r}')
-        if not _KEY.fullmatch(row['key']) or not re.fullmatch(r'[\w-]+\.tar', row['shard']): raise ValueError(f'{row["key"]!r} in {row["shard"]!r}')
+        if not KEY_PATTERN.fullmatch(row['key']) or not re.fullmatch(r'[\w-]+\.tar', row['shard']): raise ValueError(f'{row["key"]!r} in {row["shard"]!r}')
         try: return cls(**row | {'fps': Fraction(row['fps'])}, folder=folder)
         except ZeroDivisionError as error: raise ValueError(f'fps = {row["fps"]!r}') from error
 
-# %% ../../nbs/03_data/00_shards.ipynb #88f28931
+# %% ../../nbs/03_data/00_shards.ipynb #3452371c
 @dataclass(frozen=True)
 class Manifest:
     "The clips of a folder, sorted by key."
@@ -211,8 +173,8 @@ class Manifest:
             if not records: raise DataError(f'{self.folder}: no clip has split {split!r}; splits here: {sorted({record.split for record in self.records})}')
         return Manifest(self.folder, records)
 
-# %% ../../nbs/03_data/00_shards.ipynb #6de80dda
-def _read_lines(path: Path) -> tuple[list[Any], int]:
+# %% ../../nbs/03_data/00_shards.ipynb #88f28931
+def read_json_lines(path: Path) -> tuple[list[Any], int]:
     "The whole lines of a JSON-lines file, and how many bytes they take; a torn last line is left out."
     data = path.read_bytes() if path.exists() else b''
     whole = data.rfind(b'\n') + 1
@@ -229,7 +191,7 @@ def read_manifest(folder: str | os.PathLike) -> Manifest:
     if not paths: raise DataError(f'{folder}: no manifest.jsonl there; make shards with: talking-face preprocess VIDEOS --out {folder}')
     records = {}
     for path in paths:
-        for number, row in enumerate(_read_lines(path)[0], 1):
+        for number, row in enumerate(read_json_lines(path)[0], 1):
             try: record = ClipRecord.from_row(row, folder)
             except ValueError as error: raise DataError(f'{path}, line {number}: {error}') from error
             if record.key in records: raise DataError(f'{path}, line {number}: clip {record.key} occurs twice; were two runs with other settings merged?')
@@ -237,121 +199,6 @@ def read_manifest(folder: str | os.PathLike) -> Manifest:
     return Manifest(folder, tuple(records[key] for key in sorted(records)))
 
 # %% ../../nbs/03_data/00_shards.ipynb #b70c050d
-class CommitLog:
-    """The lines of `path` that were written whole, one receipt per finished source; further receipts are appended and on the disk when `append` returns.
-
-    `finished` maps a source to its receipt, `last` is the latest receipt ({} if none). Raises DataError while another process holds the same log.
-    """
-    def __init__(self, path: Path):
-        self._file = open(path, 'ab')
-        try: self._lock()
-        except BlockingIOError as error:
-            self._file.close()
-            raise DataError(f'{path.parent}: another process is writing here; wait for it, or choose another folder') from error
-        receipts, whole = _read_lines(path)
-        self._file.truncate(whole)
-        self.finished: dict[str, dict] = {receipt['source']: receipt for receipt in receipts}
-        self.last: dict[str, Any] = receipts[-1] if receipts else {}
-
-    def _lock(self) -> None:
-        try: import fcntl
-        except ImportError: return  # Windows has no flock; everything but this check works there
-        fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-    def append(self, receipt: Mapping[str, Any]) -> None:
-        "Add a receipt; it has a field `source`."
-        _append_line(self._file, receipt)
-        _sync(self._file)
-        self.last = self.finished[receipt['source']] = dict(receipt)
-
-    def close(self) -> None: self._file.close()
-
-def _append_line(file: Any, row: Mapping[str, Any]) -> None:
-    "Append one JSON line to a binary file."
-    file.write(json.dumps(row, ensure_ascii=False).encode() + b'\n')
-
-def _sync(file: Any) -> None:
-    "Return when everything written to `file` is on the disk."
-    file.flush()
-    os.fsync(file.fileno())
-
-# %% ../../nbs/03_data/00_shards.ipynb #07b36d18
-class ShardWriter:
-    """Append clips to tar shards; `commit` makes everything since the last commit permanent, together.
-
-    `part` goes into the file names, so that several machines can share a folder ('-000-of-004'). `finished` maps the name of each committed source to its
-    receipt. Use as a context manager: what was not committed is dropped when it closes, and also when its process was killed and it is opened again.
-    """
-    def __init__(self, folder: str | os.PathLike, part: str = '', shard_megabytes: float = 256.0):
-        self.folder, self.part, self._limit = Path(folder), part, int(shard_megabytes * 1e6)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._log = CommitLog(self.folder/f'finished{part}.jsonl')
-        try:
-            self._rows, self._rejected = (open(self.folder/f'{name}{part}.jsonl', 'ab') for name in ('manifest', 'rejected'))
-            self._roll_back()
-        except BaseException: self._log.close(); raise
-
-    @property
-    def finished(self) -> dict[str, dict]: return self._log.finished
-
-    def _shard_path(self, index: int) -> Path: return self.folder/f'clips{self.part}-{index:05d}.tar'
-
-    def _roll_back(self) -> None:
-        "Cut every file to its length at the last commit and remove later shards."
-        self._index = self._log.last.get('shard_index', 0)
-        for path in self.folder.glob(f'clips{self.part}-?????.tar'):
-            if path > self._shard_path(self._index): path.unlink()
-        self._tar = open(self._shard_path(self._index), 'ab')
-        for file, name in ((self._tar, 'shard_bytes'), (self._rows, 'manifest_bytes'), (self._rejected, 'rejected_bytes')):
-            there, wanted = file.seek(0, os.SEEK_END), self._log.last.get(name, 0)
-            if there < wanted: raise DataError(f'{file.name}: has {there} bytes where {wanted} were written; it is damaged, preprocess into a new folder')
-            file.truncate(wanted)
-            file.seek(0, os.SEEK_END)
-        self.keys = {row['key'] for row in _read_lines(Path(self._rows.name))[0]}
-
-    def add(self, row: Mapping[str, Any], data: bytes) -> ClipRecord:
-        "Append a packed sample; `row` holds the manifest's columns up to `has_audio`. Raises DataError when its key is taken."
-        if row['key'] in self.keys: raise DataError(f'{self.folder}: clip {row["key"]} is there already')
-        if self._tar.tell() and self._tar.tell() + len(data) > self._limit: self._next_shard()
-        place = dict(sha256=hashlib.sha256(data).hexdigest(), shard=self._shard_path(self._index).name, offset=self._tar.tell(), length=len(data))
-        record = ClipRecord.from_row({**row, **place}, self.folder)
-        self._tar.write(data)
-        _append_line(self._rows, record.to_row())
-        self.keys.add(record.key)
-        return record
-
-    def _next_shard(self) -> None:
-        self._tar.write(_TRAILER)
-        _sync(self._tar)
-        self._tar.close()
-        self._index += 1
-        self._tar = open(self._shard_path(self._index), 'ab')
-
-    def reject(self, row: Mapping[str, Any]) -> None:
-        "Note something that was not stored, and why."
-        _append_line(self._rejected, row)
-
-    def commit(self, source: str, **facts: Any) -> None:
-        "Everything added since the last commit came from `source` and is complete; `facts` are kept with its receipt."
-        for file in (self._tar, self._rows, self._rejected): _sync(file)
-        self._log.append(dict(source=source, **facts, shard_index=self._index, shard_bytes=self._tar.tell(), manifest_bytes=self._rows.tell(),
-                              rejected_bytes=self._rejected.tell()))
-
-    def close(self) -> None:
-        "Drop what was not committed, end the last tar properly, let go of the folder."
-        try:
-            self._tar.close()
-            for file in (self._rows, self._rejected): file.flush()
-            self._roll_back()
-            if self._tar.tell(): self._tar.write(_TRAILER)
-            _sync(self._tar)
-        finally:
-            for file in (self._tar, self._rows, self._rejected, self._log): file.close()
-
-    def __enter__(self) -> 'ShardWriter': return self
-    def __exit__(self, *error: Any) -> None: self.close()
-
-# %% ../../nbs/03_data/00_shards.ipynb #a42e2e4a
 class _TarMembers(Mapping):
     "The members of one sample in a tar: suffix to bytes, read from the file when asked for."
     def __init__(self, path: Path, key: str, offset: int, length: int):
@@ -360,12 +207,12 @@ class _TarMembers(Mapping):
             position, end = offset, offset + length
             while position < end:
                 file.seek(position)
-                member = tarfile.TarInfo.frombuf(file.read(_BLOCK), 'utf-8', 'strict')
+                member = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), 'utf-8', 'strict')
                 name, _, suffix = member.name.partition('.')
-                position += _BLOCK
+                position += tarfile.BLOCKSIZE
                 if name != key or not member.isreg() or position + member.size > end: raise tarfile.HeaderError(f'unexpected member {member.name!r}')
                 self._places[suffix] = position, member.size
-                position += -(-member.size // _BLOCK) * _BLOCK
+                position += -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
     def __getitem__(self, suffix: str) -> bytes:
         position, size = self._places[suffix]
@@ -387,39 +234,30 @@ def open_clip(record: ClipRecord) -> StoredClip:
     if len(clip) != record.frames: raise DataError(f'{clip.origin}: has {len(clip)} frames, the manifest says {record.frames}')
     return clip
 
-# %% ../../nbs/03_data/00_shards.ipynb #53eff928
+# %% ../../nbs/03_data/00_shards.ipynb #88e487f6
+def read_sample(record: ClipRecord) -> bytes:
+    "The bytes of a clip's sample as they lie in its tar. Raises DataError where they are not those that were written."
+    path = record.folder/record.shard
+    try:
+        with open(path, 'rb') as file:
+            file.seek(record.offset)
+            data = file.read(record.length)
+    except OSError as error: raise DataError(f'{path}: cannot be read ({error.strerror}); copy or make the shard again') from error
+    if hashlib.sha256(data).hexdigest() != record.sha256:
+        raise DataError(f'{path}: clip {record.key} has changed since it was written; copy or make the shard again')
+    return data
+
 def verify(manifest: Manifest) -> list[str]:
     "What is wrong with the stored clips, one sentence each; an empty list means that every byte is as it was written."
     problems = []
     for record in manifest:
-        path = record.folder/record.shard
         try:
-            if hashlib.sha256(_read_sample(record)).hexdigest() != record.sha256: raise DataError(f'{path}: clip {record.key} has changed since it was written')
+            read_sample(record)
             open_clip(record)
         except DataError as error: problems.append(str(error))
     return problems
 
-def _read_sample(record: ClipRecord) -> bytes:
-    try:
-        with open(record.folder/record.shard, 'rb') as file:
-            file.seek(record.offset)
-            return file.read(record.length)
-    except OSError as error: raise DataError(f'{record.folder/record.shard}: cannot be read ({error.strerror})') from error
-
-def copy_clips(manifest: Manifest, folder: str | os.PathLike, shard_megabytes: float = 256.0) -> Manifest:
-    "Write the clips of `manifest` into a new folder of shards; can be stopped and run again. Raises DataError for a damaged clip."
-    with ShardWriter(folder, shard_megabytes=shard_megabytes) as writer:
-        for record in manifest:
-            if record.key in writer.finished: continue
-            data = _read_sample(record)
-            if hashlib.sha256(data).hexdigest() != record.sha256:
-                raise DataError(f'{record.folder/record.shard}: clip {record.key} has changed since it was written; copy the shard again')
-            row = record.to_row()
-            writer.add({name: row[name] for name in row if name not in ('sha256', 'shard', 'offset', 'length')}, data)
-            writer.commit(record.key)
-    return read_manifest(folder)
-
-# %% ../../nbs/03_data/00_shards.ipynb #5cba81b7
+# %% ../../nbs/03_data/00_shards.ipynb #a42e2e4a
 def iterate_shards(shards: str | os.PathLike | Manifest) -> Iterable[StoredClip]:
     """Stream the clips of a folder (or a selection of its manifest) tar by tar; the tars are shared out over nodes and loader workers.
 
@@ -433,7 +271,7 @@ def iterate_shards(shards: str | os.PathLike | Manifest) -> Iterable[StoredClip]
     return stream.select(functools.partial(_is_wanted, keys=frozenset(manifest.keys))).map(_from_stream, handler=_refuse)
 
 def _is_wanted(sample: Mapping[str, Any], keys: frozenset[str]) -> bool:
-    if sample['__key__'] not in keys and any(not _SUFFIX.fullmatch(name) for name in sample if not name.startswith('__')):
+    if sample['__key__'] not in keys and any(not MEMBER_PATTERN.fullmatch(name) for name in sample if not name.startswith('__')):
         raise DataError(f'{sample["__url__"]}: foreign sample {sample["__key__"]!r} is not opened; remake the shard')
     return sample['__key__'] in keys
 

@@ -18,7 +18,7 @@ from ..core import ConfigError, DataError, atomic_path, write_json
 from .baselines import Method, NearestFrame, WarpNearest
 from .metrics import METRICS, Comparison, Judge, Reference, measure
 from ..signals.drawing import draw_landmarks
-from ..signals.geometry import adapt_landmarks
+from ..signals.adaptation import adapt_landmarks
 from ..signals.media import write_image
 
 # %% auto #0

@@ -14,42 +14,27 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..config import FineTuneConfig, LossConfig, MetaLearningConfig
+from ..config import FineTuneConfig, MetaLearningConfig
 from ..core import (CheckpointError, MediaError, TrainingAlarm, atomic_folder, best_thread_count, frames_to_tensor, generator_for, pick_device,
                                seed_everything, tensor_to_frames, write_json)
+from ..data.episodes import frame_view, random_affine
 from ..data.photos import Photos
+from .embedders import mean_embedding
 from .generator import Generator
-from .meta_learning import FewShotModel, autocast, to_device
+from .meta_learning import FewShotModel, autocast, stored_config, to_device
 from ..networks.layers import fold_spectral_norm, frozen, settle_spectral_norm
 from ..networks.losses import ContentLoss, RealFeatures, feature_matching_loss, hinge_discriminator_loss, hinge_generator_loss
 from ..networks.training import MovingAverage, load_module, load_tensors, save_tensors, step_size_factor
 from ..runs import Progress
 from ..signals.drawing import draw_landmarks
-from ..signals.geometry import warp_image
 
 # %% auto #0
-__all__ = ['resize_matrix', 'random_move', 'view', 'drawings_tensor', 'Person', 'load_person', 'without_projection', 'ready',
-           'embed_photos', 'feed_forward', 'FineTuner', 'generator_step', 'adversarial_terms_of_person',
-           'discriminator_step', 'fine_tune']
+__all__ = ['MOVES', 'drawings_tensor', 'Person', 'load_person', 'without_projection', 'ready', 'embed_photos', 'feed_forward',
+           'fine_tuning_optimisers', 'FineTuner', 'generator_step', 'adversarial_terms_of_person', 'discriminator_step',
+           'fine_tune']
 
 # %% ../../nbs/05_few_shot/04_fine_tuning.ipynb #77e35698
-def resize_matrix(source: int, target: int) -> np.ndarray:
-    "The (2, 3) matrix from pixels of a square picture of side `source` to one of side `target`; pixel centres are whole numbers."
-    scale = target / source
-    return np.array([[scale, 0, scale / 2 - .5], [0, scale, scale / 2 - .5]])
-
-def random_move(random: np.random.Generator, size: int, strength: float) -> np.ndarray:
-    "A small similarity about the picture's middle, in pixels of side `size`: zoom 3 %, rotation 0.04 rad, shift 1.5 % (standard deviations)."
-    zoom, angle = np.exp(random.normal(0, .03 * strength)), random.normal(0, .04 * strength)
-    shift, middle = random.normal(0, .015 * strength * size, 2), np.full(2, size / 2 - .5)
-    turn = zoom * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    return np.column_stack([turn, middle + shift - turn @ middle])
-
-def view(image: np.ndarray, landmarks: np.ndarray, size: int, move: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    "One crop brought to `size` and moved, picture and points by the same matrix: (size, size, 3) uint8 and (68, 2)."
-    matrix = resize_matrix(len(image), size)
-    if move is not None: matrix = np.column_stack([move[:, :2] @ matrix[:, :2], move[:, :2] @ matrix[:, 2] + move[:, 2]])
-    return warp_image(image, matrix, size), (landmarks @ matrix[:, :2].T + matrix[:, 2]).astype(np.float32)
+MOVES = dict(stretch=0.0, zoom=0.03, rotation=0.04, shift=0.015)  # standard deviations; no stretch: the person's proportions are to be learned
 
 def drawings_tensor(landmarks: np.ndarray, config: MetaLearningConfig) -> torch.Tensor:
     "Landmarks (T, 68, 2) in network pixels as drawings (T, 3, S, S) in [-1, 1], in the model's palette."
@@ -70,8 +55,9 @@ class Person(NamedTuple):
         return self.header['margin']
 
     def to(self, device: torch.device) -> 'Person':
-        "The same person on another device."
-        return self._replace(generator=self.generator.to(device), psi=self.psi.to(device))
+        "This person on another device; this one stays where it is."
+        if self.psi.device == device: return self
+        return self._replace(generator=copy.deepcopy(self.generator).to(device), psi=self.psi.to(device))
 
     @torch.no_grad()
     def animate(self, landmarks: np.ndarray) -> np.ndarray:
@@ -93,14 +79,17 @@ class Person(NamedTuple):
             if preview is not None: write_image(temporary/'preview.png', preview)
         return Path(folder)
 
+# %% ../../nbs/05_few_shot/04_fine_tuning.ipynb #f189afae
 def load_person(folder: str | os.PathLike) -> Person:
     "Read a person. Raises CheckpointError for a damaged file or one that is not a person."
     path = Path(folder)/'person.safetensors'
     tensors, header = load_tensors(path)
     if header.get('stage') != 'person': raise CheckpointError(f'{path}: is a {header.get("stage")} checkpoint, a person is needed; make one with fine-tune')
-    config = MetaLearningConfig.from_dict(header['config'])
+    config = stored_config(header, path)
     generator = without_projection(Generator(config.model.replace(spectral_norm=False)))  # a person's weights are stored normalised
     load_module(generator, {name[len('generator.'):]: value for name, value in tensors.items() if name.startswith('generator.')}, path)
+    shape = tuple(tensors['psi'].shape) if {'psi', 'landmarks'} <= tensors.keys() and 'margin' in header else None
+    if shape != (1, generator.psi_size): raise CheckpointError(f'{path}: is incomplete or has psi of shape {shape}; make the person again with fine-tune')
     generator.to(memory_format=torch.channels_last).eval()
     return Person(generator, tensors['psi'], tensors['landmarks'].numpy(), config, header)
 
@@ -113,14 +102,16 @@ def ready(generator: Generator) -> Generator:
     "The generator as it is used and stored: evaluation mode, spectral normalisation written into the weights, no gradients."
     return fold_spectral_norm(settle_spectral_norm(generator)).eval().requires_grad_(False)
 
-# %% ../../nbs/05_few_shot/04_fine_tuning.ipynb #f189afae
+# %% ../../nbs/05_few_shot/04_fine_tuning.ipynb #563e9eef
+@torch.no_grad()
 def embed_photos(model: FewShotModel, photos: Photos) -> tuple[torch.Tensor, np.ndarray]:
     "The embedding (1, N) of the photos and their landmarks (T, 68, 2) in network pixels."
     size = model.config.model.image_size
-    images, landmarks = zip(*(view(image, points, size) for image, points in zip(*photos)))
+    images, landmarks = zip(*(frame_view(image, points, size) for image, points in zip(*photos)))
     device = next(model.embedder.parameters()).device
     pictures, drawings = frames_to_tensor(np.stack(images)), drawings_tensor(np.stack(landmarks), model.config)
-    return model.embed(to_device(pictures, device), to_device(drawings, device)), np.stack(landmarks)
+    each = [model.embedder(to_device(x, device), to_device(y, device)) for x, y in zip(pictures.split(16), drawings.split(16))]  # any number of photos fits
+    return mean_embedding(torch.cat(each), len(pictures)), np.stack(landmarks)
 
 def feed_forward(model: FewShotModel, photos: Photos) -> Person:
     "The person without fine-tuning: psi = P e."
@@ -128,7 +119,21 @@ def feed_forward(model: FewShotModel, photos: Photos) -> Person:
     with torch.no_grad(): psi = model.generator.project(embedding).float()
     return Person(ready(without_projection(copy.deepcopy(model.generator))), psi, landmarks, model.config, dict(method='feed_forward', photos=len(landmarks), margin=model.margin, run=model.source))
 
-# %% ../../nbs/05_few_shot/04_fine_tuning.ipynb #fb47ad31
+# %% ../../nbs/05_few_shot/04_fine_tuning.ipynb #17d40bb3
+def fine_tuning_optimisers(modules: nn.ModuleDict, person: nn.ParameterDict, config: FineTuneConfig, betas: tuple[float, float]) -> list[torch.optim.Optimizer]:
+    "Adam for psi and psi', and one for V, w' and b where there is a discriminator; w0 and the video vectors (which w' replaces) do not move."
+    groups = [dict(params=list(modules['generator'].parameters()), lr=config.learning_rate), dict(params=[person['psi']], lr=config.psi_learning_rate)]
+    optimisers = [torch.optim.Adam(groups, betas=betas)]
+    if 'discriminator' in modules:
+        discriminator = modules['discriminator']
+        replaced = {id(discriminator.w0), *(id(row) for row in discriminator.table.parameters())}
+        trained = [parameter for parameter in discriminator.parameters() if id(parameter) not in replaced] + [person['w']]
+        optimisers.append(torch.optim.Adam(trained, config.discriminator_learning_rate, betas))
+    for optimiser in optimisers:
+        for group in optimiser.param_groups: group['initial_lr'] = group['lr']
+    return optimisers
+
+# %% ../../nbs/05_few_shot/04_fine_tuning.ipynb #772785a5
 class FineTuner:
     "Optimises G, psi' (and V, w', b where the model has an adversarial loss) on T photos (section 3.4)."
     def __init__(self, model: FewShotModel, photos: Photos, config: FineTuneConfig):
@@ -144,22 +149,8 @@ class FineTuner:
             self.modules['discriminator'] = copy.deepcopy(model.discriminator).to(self.device).train().requires_grad_(True)
             self.person['w'] = nn.Parameter((self.modules['discriminator'].w0.detach() + embedding[0].to(self.device)).clone())
         self.losses, self.content = losses, ContentLoss(losses, model.config.precision).to(self.device)
-        self.optimisers = self._optimisers()
+        self.optimisers = fine_tuning_optimisers(self.modules, self.person, config, (model.config.beta1, model.config.beta2))
         self.real = self._features_of_photos() if not config.augment else None
-
-    def _optimisers(self) -> list[torch.optim.Optimizer]:
-        "Built last: psi' and w' are among what they move, w0 and the video vectors (which w' replaces) are not."
-        config, betas = self.config, (self.model_config.beta1, self.model_config.beta2)
-        groups = [dict(params=list(self.modules['generator'].parameters()), lr=config.learning_rate), dict(params=[self.person['psi']], lr=config.psi_learning_rate)]
-        optimisers = [torch.optim.Adam(groups, betas=betas)]
-        if 'discriminator' in self.modules:
-            discriminator = self.modules['discriminator']
-            replaced = {id(discriminator.w0), *(id(row) for row in discriminator.table.parameters())}
-            trained = [parameter for parameter in discriminator.parameters() if id(parameter) not in replaced] + [self.person['w']]
-            optimisers.append(torch.optim.Adam(trained, config.discriminator_learning_rate, betas))
-        for optimiser in optimisers:
-            for group in optimiser.param_groups: group['initial_lr'] = group['lr']
-        return optimisers
 
     def _features_of_photos(self) -> RealFeatures:
         "The real side of the content loss for all T photos; it never changes where the views do not move."
@@ -175,8 +166,8 @@ class FineTuner:
     def batch(self, chosen: np.ndarray, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         "Views of the chosen photos at this step: pictures, drawings, landmarks."
         random = generator_for(self.config.seed, step)
-        moves = [random_move(random, self.size, self.config.augment) if self.config.augment else None for _ in chosen]
-        images, landmarks = zip(*(view(self.photos.images[i], self.photos.landmarks[i], self.size, move) for i, move in zip(chosen, moves)))
+        moves = [random_affine(random, self.size, self.config.augment, **MOVES) if self.config.augment else None for _ in chosen]
+        images, landmarks = zip(*(frame_view(self.photos.images[i], self.photos.landmarks[i], self.size, move) for i, move in zip(chosen, moves)))
         pictures, drawings = frames_to_tensor(np.stack(images)), drawings_tensor(np.stack(landmarks), self.model_config)
         return to_device(pictures, self.device), to_device(drawings, self.device), torch.from_numpy(np.stack(landmarks))
 
@@ -186,7 +177,7 @@ class FineTuner:
         positions = np.arange(step * size, (step + 1) * size)
         return np.array([generator_for(self.config.seed, 1, p // photos).permutation(photos)[p % photos] for p in positions])
 
-# %% ../../nbs/05_few_shot/04_fine_tuning.ipynb #17d40bb3
+# %% ../../nbs/05_few_shot/04_fine_tuning.ipynb #0b33a749
 def generator_step(tuner: FineTuner, images: torch.Tensor, drawings: torch.Tensor, landmarks: torch.Tensor, chosen: np.ndarray) -> tuple[torch.Tensor, dict[str, float]]:
     "One update of psi and psi' on L_CNT + L_ADV. Returns the generated pictures, detached, and the figures."
     with autocast(tuner.device, tuner.model_config.precision):
@@ -220,12 +211,12 @@ def discriminator_step(tuner: FineTuner, output: torch.Tensor, images: torch.Ten
     loss.backward(); tuner.optimisers[1].step()
     return loss.item()
 
-# %% ../../nbs/05_few_shot/04_fine_tuning.ipynb #772785a5
+# %% ../../nbs/05_few_shot/04_fine_tuning.ipynb #4c5cc2a6
 def fine_tune(model: FewShotModel, photos: Photos, config: FineTuneConfig, callback: Callable | None = None,
               log: Callable[[int, dict[str, float]], None] | None = None) -> Person:
     """Fine-tune a meta-learned model on photos of one person.
 
-    Exactly the T photos given are used; the result depends on them, the model, and the config. `log(step, figures)` is called at every step.
+    Exactly the T photos given are used; the result depends on them, the model, the config and the number of threads. `log(step, figures)` is called at every step.
     Raises TrainingAlarm if a loss is not finite.
     """
     if not len(photos.images): raise MediaError('no photos were given; fine-tuning needs at least one')
@@ -246,7 +237,7 @@ def fine_tune(model: FewShotModel, photos: Photos, config: FineTuneConfig, callb
             if log: log(step + 1, figures)
             progress(step + 1, total=figures['total'])
     kept = average.modules if average else {'generator': tuner.modules['generator'], 'person': tuner.person}
-    header = dict(method='fine_tuned', photos=len(photos.images), steps=tuner.steps, margin=model.margin, run=model.source, fine_tuning=config.to_dict())
+    header = dict(method='fine_tuned', photos=len(photos.images), steps=tuner.steps, threads=torch.get_num_threads(), margin=model.margin, run=model.source, fine_tuning=config.to_dict())
     return Person(ready(kept['generator']), kept['person']['psi'].detach().clone(), tuner.landmarks, model.config, header)
 
 def _choose_threads(tuner: FineTuner) -> None:

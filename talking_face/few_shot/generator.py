@@ -19,7 +19,7 @@ from ..networks.layers import (AdaptiveResidualBlock, AdaptiveUpBlock, DownBlock
                                           with_spectral_norm)
 
 # %% auto #0
-__all__ = ['GeneratorTrace', 'generator_channels', 'Generator']
+__all__ = ['GeneratorTrace', 'generator_channels', 'GeneratorBlocks', 'Generator']
 
 # %% ../../nbs/05_few_shot/01_generator.ipynb #516fc830
 class GeneratorTrace(NamedTuple):
@@ -33,11 +33,10 @@ def generator_channels(config: ModelConfig) -> tuple[list[int], list[int]]:
     return [3, *down], [*down[::-1], config.generator_last]
 
 # %% ../../nbs/05_few_shot/01_generator.ipynb #b27c650a
-class Generator(nn.Module):
-    """G(y, e; psi, P): landmark drawings to pictures of a person.
+class GeneratorBlocks(nn.Module):
+    """The parts of G: down blocks, residual blocks, up blocks, attention, the last convolution, and P (`projection`).
 
-    `project(embedding)` gives psi once per person; `forward(drawings, psi)` draws. Source: Zakharov et al. 2019, section 3.1;
-    numbers of blocks and widths are chosen so that the paper's parameter count comes out. Raises ConfigError if the smallest map were below 4 x 4.
+    Numbers of blocks and widths are chosen so that the paper's parameter count comes out. Raises ConfigError if the smallest map were below 4 x 4.
     """
 
     def __init__(self, config: ModelConfig):
@@ -69,6 +68,12 @@ class Generator(nn.Module):
         "L, how many numbers a person is."
         return 2 * sum(channels for _, channels in self.psi_layout)
 
+# %% ../../nbs/05_few_shot/01_generator.ipynb #b8eae070
+class Generator(GeneratorBlocks):
+    """G(y, e; psi, P): landmark drawings to pictures of a person.
+
+    `project(embedding)` gives psi once per person; `forward(drawings, psi)` draws. Source: Zakharov et al. 2019, section 3.1.
+    """
     def project(self, embedding: Tensor) -> Tensor:
         "Embeddings (B, N) to AdaIN numbers psi (B, L), single precision also under autocast."
         check_shape('embedding', embedding, batch=None, N=self.config.embedding_size)

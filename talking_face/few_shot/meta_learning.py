@@ -5,7 +5,7 @@
 # %% ../../nbs/05_few_shot/03_meta_learning.ipynb #4c8ff385
 from __future__ import annotations
 
-import contextlib, os
+import contextlib, functools, os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..config import LossConfig, MetaLearningConfig
-from ..core import CheckpointError, ConfigError, pick_device, read_json, seed_everything, tensor_to_frames
+from ..config import FREE_ON_RESUME, LossConfig, MetaLearningConfig
+from ..core import CheckpointError, ConfigError, DataError, pick_device, read_json, seed_everything, tensor_to_frames, write_json
 from ..data.episodes import EpisodeBatch, EpisodeSampler
 from ..data.shards import Manifest, open_clip
 from .discriminator import Discriminator
@@ -27,13 +27,20 @@ from ..networks.training import TrainingLoop, checkpoints, load_module, load_ten
 from ..runs import RunFolder
 
 # %% auto #0
-__all__ = ['autocast', 'to_device', 'batch_to', 'EpisodeOutput', 'run_episode', 'adversarial_terms', 'discriminator_objective',
-           'FewShotLearner', 'meta_learn', 'FewShotModel', 'build_model', 'load_run']
+__all__ = ['has_bf16', 'autocast', 'to_device', 'batch_to', 'EpisodeOutput', 'run_episode', 'adversarial_terms',
+           'discriminator_objective', 'few_shot_optimisers', 'FewShotLearner', 'meta_learn', 'FewShotModel',
+           'build_model', 'stored_config', 'load_run']
 
 # %% ../../nbs/05_few_shot/03_meta_learning.ipynb #fcc9ac30
+@functools.cache
+def has_bf16(kind: str) -> bool:
+    "Whether this kind of device (`cpu`, `cuda`) computes in bfloat16 itself; emulated it is far slower than float32."
+    if kind == 'cuda': return torch.cuda.is_bf16_supported(including_emulation=False)
+    return kind != 'cpu' or any(present for name, present in torch.cpu.get_capabilities().items() if name.endswith('bf16'))
+
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    "bfloat16 for convolutions and matrix products where `precision` is bf16; nothing where it is fp32."
-    return torch.autocast(device.type, torch.bfloat16) if precision == 'bf16' else contextlib.nullcontext()
+    "bfloat16 for convolutions and matrix products where `precision` is bf16 and the device has it; float32 otherwise."
+    return torch.autocast(device.type, torch.bfloat16) if precision == 'bf16' and has_bf16(device.type) else contextlib.nullcontext()
 
 def to_device(images: torch.Tensor, device: torch.device) -> torch.Tensor:
     "Move pictures (B, C, H, W) and lay them out channels-last."
@@ -44,7 +51,7 @@ def batch_to(batch: EpisodeBatch, device: torch.device) -> EpisodeBatch:
     pictures = ('support_images', 'support_drawings', 'target_images', 'target_drawings')
     return batch._replace(**{name: to_device(getattr(batch, name), device) for name in pictures})
 
-# %% ../../nbs/05_few_shot/03_meta_learning.ipynb #34dad61d
+# %% ../../nbs/05_few_shot/03_meta_learning.ipynb #48f5f8bb
 class EpisodeOutput(NamedTuple):
     "What the forward pass of an episode gives, kept because a student wants to look at it."
     embedding: torch.Tensor  # (B, N)
@@ -79,7 +86,17 @@ def discriminator_objective(discriminator: Discriminator, images: torch.Tensor, 
     real, fake = both.scores.chunk(2)
     return hinge_discriminator_loss(real, fake)
 
-# %% ../../nbs/05_few_shot/03_meta_learning.ipynb #67d5fc90
+# %% ../../nbs/05_few_shot/03_meta_learning.ipynb #893642aa
+def few_shot_optimisers(modules: dict[str, nn.Module], config: MetaLearningConfig) -> dict[str, torch.optim.Optimizer]:
+    "Adam for E and G, Adam for D, and row-wise Adam for the video vectors, of which a step touches only a few."
+    betas, rates = (config.beta1, config.beta2), (config.learning_rate, config.discriminator_learning_rate)
+    optimisers = {'generator': torch.optim.Adam([*modules['embedder'].parameters(), *modules['generator'].parameters()], rates[0], betas)}
+    if 'discriminator' in modules:
+        optimisers['discriminator'] = torch.optim.Adam(modules['discriminator'].dense_parameters(), rates[1], betas)
+        optimisers['videos'] = torch.optim.SparseAdam(list(modules['discriminator'].table.parameters()), rates[1], betas)
+    return optimisers
+
+# %% ../../nbs/05_few_shot/03_meta_learning.ipynb #96ecc9fe
 class FewShotLearner:
     "Meta-learning of embedder, generator and discriminator: a system for the training loop (section 3.3)."
     averaged = ('embedder', 'generator')
@@ -91,20 +108,13 @@ class FewShotLearner:
         if config.losses.needs_discriminator: self.modules['discriminator'] = Discriminator(config.model, sampler.keys)
         for module in self.modules.values(): module.to(self.device, memory_format=torch.channels_last).train()
         self.content = ContentLoss(config.losses, config.precision).to(self.device)
-        self.parameters = [*self.modules['embedder'].parameters(), *self.modules['generator'].parameters()]
-        self.optimisers = self._optimisers((config.beta1, config.beta2))
+        self.parameters = [parameter for name in self.averaged for parameter in self.modules[name].parameters()]
+        self.optimisers = few_shot_optimisers(self.modules, config)
+        self.shown = batch_to(sampler.batch(2**31), self.device)  # the episode of the sample pictures, a step no training reaches
+        self._header = dict(stage='meta_learning', config=config.to_dict(), palette=config.model.palette, keys=sampler.keys,
+                            margin=open_clip(sampler.records[0]).info['margin'], data=Manifest(Path(), tuple(sampler.records)).sha256)
 
-    def _optimisers(self, betas: tuple[float, float]) -> dict[str, torch.optim.Optimizer]:
-        "Adam for E and G, Adam for D, and row-wise Adam for the video vectors, of which a step touches only a few."
-        optimisers = {'generator': torch.optim.Adam(self.parameters, self.config.learning_rate, betas)}
-        if (discriminator := self.modules.get('discriminator')) is not None:
-            optimisers['discriminator'] = torch.optim.Adam(discriminator.dense_parameters(), self.config.discriminator_learning_rate, betas)
-            optimisers['videos'] = torch.optim.SparseAdam(list(discriminator.table.parameters()), self.config.discriminator_learning_rate, betas)
-        return optimisers
-
-    def batch(self, step: int) -> EpisodeBatch:
-        "The episodes of a step; they depend on seed and step only."
-        return self.sampler.batch(step)
+    def batch(self, step: int) -> EpisodeBatch: return self.sampler.batch(step)  # depends on seed and step only
 
     def step(self, batch: EpisodeBatch) -> dict[str, float]:
         "One update of E and G, then `discriminator_steps` of D; returns the figures to log."
@@ -138,33 +148,38 @@ class FewShotLearner:
         for name in ('discriminator', 'videos'): self.optimisers[name].step()
         return loss.item()
 
-    def header(self) -> dict[str, Any]:
-        "What a checkpoint says of itself."
-        return dict(stage='meta_learning', config=self.config.to_dict(), palette=self.config.model.palette, keys=self.sampler.keys,
-                    margin=open_clip(self.sampler.records[0]).info['margin'], data=Manifest(Path(), tuple(self.sampler.records)).sha256)
+    def header(self) -> dict[str, Any]: return self._header  # what a checkpoint says of itself
 
     def sample(self, modules: dict[str, nn.Module]) -> np.ndarray:
         "Rows of a fixed episode: first support frames, drawings, generated, real."
-        batch = batch_to(self.sampler.batch(2**31), self.device)
-        output = run_episode(modules['embedder'], modules['generator'], batch)
+        batch, output = self.shown, run_episode(modules['embedder'], modules['generator'], self.shown)
         rows = [batch.support_images[::batch.support].repeat_interleave(batch.targets, 0), batch.target_drawings, output.images, batch.target_images]
         return np.vstack([np.hstack(tensor_to_frames(row)) for row in rows])
 
-# %% ../../nbs/05_few_shot/03_meta_learning.ipynb #326b4a2d
+# %% ../../nbs/05_few_shot/03_meta_learning.ipynb #b159731f
 def meta_learn(config: MetaLearningConfig, shards: str | os.PathLike, out: str | os.PathLike, keys: list[str] | None = None,
                resume: bool = False, callback: Callable | None = None) -> RunFolder:
     """Meta-learn on the clips of `shards` (all, or those named by `keys`) into the run folder `out`.
 
-    With `resume` an interrupted run continues from its newest checkpoint to exactly the figures of an uninterrupted one;
-    its config must be the same. Raises DataError for unusable shards and TrainingAlarm on collapse.
+    With `resume` an interrupted run continues from its newest checkpoint to exactly the figures of an uninterrupted one, on the clips it was
+    started with; of its options only those in FREE_ON_RESUME may differ. Raises DataError for unusable shards and TrainingAlarm on collapse.
     """
-    if resume and (Path(out)/'config.json').exists():
-        stored = MetaLearningConfig.from_dict(read_json(Path(out)/'config.json', CheckpointError))
-        if different := [name for name, value in config.to_dict().items() if stored.to_dict()[name] != value]:
+    out = Path(out)
+    if resume and (out/'config.json').exists():
+        stored = MetaLearningConfig.from_dict(read_json(out/'config.json', CheckpointError)).to_dict()
+        if different := [name for name, value in config.to_dict().items() if name not in FREE_ON_RESUME and stored[name] != value]:
             raise ConfigError(f'{out}: was started with another {", ".join(different)}; resume with the same options, or start a new run')
-    sampler = EpisodeSampler(shards, config.model, config.clips, config.targets, config.support, config.augment, config.seed, keys)
+        first_keys = read_json(out/'data.json', CheckpointError)['keys']
+        if keys is not None and sorted(keys) != sorted(first_keys): raise ConfigError(f'{out}: was started on other clips; resume with the same --data and --split')
+        keys = first_keys
+    learner = FewShotLearner(config, EpisodeSampler(shards, config.model, config.clips, config.targets, config.support, config.augment, config.seed, keys))
+    learner.batch(0)  # damaged shards are refused before there is a folder
+    data = dict(shards=str(shards), keys=learner.sampler.keys, sha256=learner.header()['data'])
+    if resume and (out/'data.json').exists() and read_json(out/'data.json')['sha256'] != data['sha256']:
+        raise DataError(f'{shards}: the clips changed since {out} was started; resume with the data it was started with')
     run = RunFolder.create(out, config, exist_ok=resume)
-    TrainingLoop(FewShotLearner(config, sampler), config, run, f'meta-learning {config.preset}', callback).fit(resume)
+    write_json(run.path/'data.json', data)
+    TrainingLoop(learner, config, run, f'meta-learning {config.preset}', callback).fit(resume)
     return run
 
 class FewShotModel(NamedTuple):
@@ -182,12 +197,21 @@ class FewShotModel(NamedTuple):
 
 def build_model(config: MetaLearningConfig, keys: list[str], margin: float = 1.5, source: str = 'untrained') -> FewShotModel:
     "An untrained model of the config's shapes, from the config's seed."
-    seed_everything(config.seed)
-    discriminator = Discriminator(config.model, keys) if config.losses.needs_discriminator else None
-    model = FewShotModel(Embedder(config.model), Generator(config.model), discriminator, config, margin, source)
+    with torch.random.fork_rng(devices=[]):  # making a model does not disturb anybody else's random numbers
+        torch.manual_seed(config.seed)
+        discriminator = Discriminator(config.model, keys or ['nobody']) if config.losses.needs_discriminator else None
+        model = FewShotModel(Embedder(config.model), Generator(config.model), discriminator, config, margin, source)
     for module in model[:3]:
         if module is not None: module.to(memory_format=torch.channels_last).eval()
     return model
+
+def stored_config(header: dict[str, Any], path: str | os.PathLike) -> MetaLearningConfig:
+    "The config in the header of the checkpoint `path`. Raises CheckpointError for options or palettes that this version does not know."
+    try: config = MetaLearningConfig.from_dict(header['config'])
+    except (ConfigError, KeyError, TypeError) as error:
+        raise CheckpointError(f'{path}: was made with a config that this version does not know ({error}); update talking_face') from error
+    if header.get('palette') == config.model.palette: return config
+    raise CheckpointError(f'{path}: its palette is {header.get("palette")} in one place and {config.model.palette} in another; it is damaged, use another checkpoint')
 
 def load_run(run: str | os.PathLike, averaged: bool = True) -> FewShotModel:
     "The model of a run's newest checkpoint, with averaged weights of E and G unless `averaged` is False."
@@ -195,7 +219,8 @@ def load_run(run: str | os.PathLike, averaged: bool = True) -> FewShotModel:
     if not found: raise CheckpointError(f'{run}: holds no checkpoint; give the folder that `talking-face train --out` wrote')
     tensors, header = load_tensors(found[-1])
     if header.get('stage') != 'meta_learning': raise CheckpointError(f'{found[-1]}: is a {header.get("stage")} checkpoint, a meta-learned run is needed')
-    model = build_model(MetaLearningConfig.from_dict(header['config']), header['keys'], header['margin'], str(run))
+    if missing := {'keys', 'margin', 'averaged'} - header.keys(): raise CheckpointError(f'{found[-1]}: its header lacks {", ".join(sorted(missing))}; use another checkpoint')
+    model = build_model(stored_config(header, found[-1]), header['keys'], header['margin'], str(run))
     for name in ('embedder', 'generator', 'discriminator'):
         if (module := getattr(model, name)) is None: continue
         prefix = f'average.{name}.' if averaged and name in header['averaged'] else f'{name}.'

@@ -18,9 +18,12 @@ from ..config import ReenactConfig
 from ..core import MediaError, NoFaceError, pick_device
 from .fine_tuning import Person
 from ..runs import Progress
-from ..signals.geometry import Crop, adapt_landmarks, clip_crop, fill_gaps, transform_points, warp_image
-from ..signals.landmarks import make_detector, track_face
-from ..signals.media import VideoInfo, VideoWriter, iterate_video, probe_video
+from ..signals.adaptation import fit_adaptation
+from ..signals.detectors import make_detector
+from ..signals.geometry import Crop, clip_crop, fill_gaps, transform_points, warp_image
+from ..signals.landmarks import track_face
+from ..signals.media import VideoInfo, iterate_video, probe_video
+from ..signals.recording import VideoWriter
 
 # %% auto #0
 __all__ = ['Driver', 'read_driver', 'without_gaps', 'Reenactment', 'animate_driver', 'reenact']
@@ -72,8 +75,9 @@ class Reenactment(NamedTuple):
 
 def animate_driver(person: Person, driver: Driver, config: ReenactConfig) -> Iterator[np.ndarray]:
     "Frames (S, S, 3) of the person moved by the driver, one after another, `config.batch` generated together."
-    landmarks = adapt_landmarks(driver.landmarks, person.landmarks, config.adapt)
-    for start in range(0, len(landmarks), config.batch): yield from person.animate(landmarks[start:start + config.batch])
+    fitted = fit_adaptation(driver.landmarks, person.landmarks)
+    for start in range(0, len(driver.landmarks), config.batch):
+        yield from person.animate(fitted.apply(driver.landmarks[start:start + config.batch], config.adapt).astype(np.float32))
 
 def reenact(person: Person, driving: str | os.PathLike, out: str | os.PathLike, config: ReenactConfig, callback: Callable | None = None) -> Reenactment:
     """Write `out`, an mp4 of the person moved by the driving video: the driver's frame count, time stamps and (with `config.audio`) sound.
@@ -82,6 +86,7 @@ def reenact(person: Person, driving: str | os.PathLike, out: str | os.PathLike, 
     """
     started, out = time.monotonic(), Path(out)
     if out.suffix.lower() != '.mp4': raise MediaError(f'{out}: the result is an mp4 video; give a name that ends in .mp4')
+    if out.exists() and Path(driving).exists() and os.path.samefile(out, driving): raise MediaError(f'{out}: is the driving video itself; give another name for the result')
     if config.threads: torch.set_num_threads(config.threads)
     person = person.to(pick_device(config.device))
     size = person.config.model.image_size

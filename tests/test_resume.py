@@ -1,0 +1,189 @@
+"""A training that is killed and continued is the same training: weights, state and logged figures, bit for bit. And one that goes wrong says so and stops."""
+import json, shutil, signal, time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from helpers import ADVERSARIAL, MICRO, Job, die_before, finished, shell, wait_for
+
+STEPS = 12
+SYSTEMS = {'reconstruction': [], 'adversarial': ADVERSARIAL}     # the second has a discriminator and a table of which a step moves a few rows only
+
+
+def command(shards: Path, run: Path, *options: object) -> list[object]:
+    return ['train', '--data', shards, '--out', run, '--steps', STEPS, '--log-every', 1, '--checkpoint-every', 1, '--keep-checkpoints', 3, *MICRO, *options]
+
+
+def checkpoints(run: Path) -> dict[str, bytes]:
+    "Every file in the folder of checkpoints, headers, hidden files and all."
+    return {path.name: path.read_bytes() for path in sorted((run/'checkpoints').iterdir())}
+
+
+def steps(run: Path) -> list[int]:
+    "The steps whose weights are there, in order."
+    return sorted(int(path.name[5:11]) for path in run.glob('checkpoints/step-??????.safetensors'))
+
+
+def newest(run: Path) -> int: return max(steps(run), default=0)
+
+
+def log(run: Path) -> str:
+    return (run/'metrics.jsonl').read_text() if (run/'metrics.jsonl').exists() else ''
+
+
+def figures(run: Path) -> list[dict]:
+    "What was logged of the steps, without the clock."
+    return [{name: value for name, value in row.items() if name != 'time'} for row in map(json.loads, log(run).splitlines()) if row['event'] == 'step']
+
+
+def assert_same(run: Path, reference: Path) -> None:
+    assert checkpoints(run) == checkpoints(reference) and figures(run) == figures(reference)
+    assert (run/'DONE').exists() and not (run/'FAILED').exists() and not list(run.rglob('.*'))
+
+
+@pytest.fixture(scope='module')
+def references(workshop, tmp_path_factory) -> dict[str, Path]:
+    "Runs that nobody disturbed."
+    from talking_face.app.cli import main
+    runs = {name: tmp_path_factory.mktemp(name)/'run' for name in SYSTEMS}
+    for name, run in runs.items(): assert main([str(part) for part in command(workshop.shards, run, *SYSTEMS[name])]) == 0
+    return runs
+
+
+def test_reference_has_what_must_be_restored(references):
+    "The other tests would prove little if these tensors were not there, or never moved: averages, moments, rows of the video table and the rows' own moments."
+    run = references['adversarial']
+    late, early = (load_file(run/f'checkpoints/step-{step:06d}.safetensors') for step in (STEPS, STEPS - 1))
+    moved = {name for name in late if not np.array_equal(late[name], early[name])}
+    for part in ('embedder.', 'generator.', 'discriminator.', 'discriminator.table.', 'average.embedder.', 'average.generator.'):
+        assert any(name.startswith(part) for name in moved), part
+    state = load_file(run/f'checkpoints/step-{STEPS:06d}.state.safetensors')
+    for part in ('generator/', 'discriminator/', 'videos/'): assert any(name.startswith(part) and np.abs(value).max() > 0 for name, value in state.items()), part
+    assert {'adversarial', 'match', 'feature_matching', 'discriminator'} <= figures(run)[0].keys() and len(figures(run)) == STEPS
+
+
+# ---- killed ----
+
+@pytest.mark.parametrize('system', SYSTEMS)
+def test_killed_at_random_moments(workshop, references, tmp_path, system):
+    "kill -9 again and again: some steps after the last start, and then up to 30 ms later, which is anywhere in a step or its checkpoint."
+    run, random, kills = tmp_path/'run', np.random.default_rng(len(system)), 0
+    while newest(run) < STEPS - 5 and kills < 6:
+        begun, more = log(run).count('"start"'), random.integers(0, 3)
+        job = Job(tmp_path/f'{kills}', *command(workshop.shards, run, '--resume', *SYSTEMS[system]))
+        wait_for(lambda: log(run).count('"start"') > begun and log(run).rpartition('"start"')[2].count('"step": ') > more, job.process.is_alive)
+        time.sleep(random.uniform(0, .03))
+        if job.kill() == 0: break      # it was through already
+        kills += 1
+    assert Job(tmp_path/'last', *command(workshop.shards, run, '--resume', *SYSTEMS[system])).outcome().code == 0
+    assert kills >= 2
+    assert_same(run, references[system])
+
+
+@pytest.mark.parametrize('call, place, number, left', [
+    ('replace', 'config.json', 0, []), ('replace', 'environment.json', 0, []),              # before there is anything
+    ('replace', '/step-', 0, []), ('replace', '/step-', 1, []),                              # before the first state; after it, before its weights
+    ('replace', '/step-', 8, [2, 3, 4]), ('replace', '/step-', 9, [2, 3, 4]),                # the same of the fifth checkpoint, whose predecessors are there
+    ('unlink', '/step-', 0, [1, 2, 3, 4]), ('unlink', '/step-', 1, [1, 2, 3, 4]),            # before the first is deleted; when half of it is
+    ('replace', 'DONE', 0, [10, 11, 12])])
+def test_killed_just_before_a_file_changes(workshop, references, talking_face, tmp_path, call, place, number, left):
+    run = tmp_path/'run'
+    killed = Job(tmp_path/'killed', *command(workshop.shards, run, '--resume', *ADVERSARIAL), prepare=die_before, details=(call, number, place)).outcome()
+    assert killed.code == -signal.SIGKILL and steps(run) == left
+    if left: assert talking_face('fine-tune', '--run', run, '--photos', workshop.photo, '--out', tmp_path/'person', '--epochs', 0, '--detector', 'dlib').code == 0     # usable as it is
+    assert talking_face(*command(workshop.shards, run, '--resume', *ADVERSARIAL)).code == 0
+    assert_same(run, references['adversarial'])
+
+
+def test_killed_while_writing_the_log(workshop, references, talking_face, tmp_path):
+    run = shutil.copytree(references['reconstruction'], tmp_path/'run')
+    for path in run.glob(f'checkpoints/step-{STEPS:06d}*'): path.unlink()
+    (run/'metrics.jsonl').write_text(log(run)[:-40])      # a torn last line
+    assert talking_face(*command(workshop.shards, run, '--resume')).code == 0
+    assert figures(run) == figures(references['reconstruction'])
+
+
+def test_means_in_the_log_survive_a_kill_between_two_lines(workshop, talking_face, tmp_path):
+    "A line for every five steps, a checkpoint for every two: the line of step 10 is the mean of five steps, although the run is continued at step 8."
+    rhythm = ['--log-every', 5, '--checkpoint-every', 2]
+    assert talking_face(*command(workshop.shards, tmp_path/'whole', *rhythm)).code == 0
+    killed = Job(tmp_path/'killed', *command(workshop.shards, tmp_path/'run', *rhythm), prepare=die_before, details=('replace', 8, '/step-')).outcome()
+    assert killed.code == -signal.SIGKILL and newest(tmp_path/'run') == 8
+    assert talking_face(*command(workshop.shards, tmp_path/'run', '--resume', *rhythm)).code == 0
+    assert [row['step'] for row in figures(tmp_path/'run')] == [5, 10, 12]
+    assert_same(tmp_path/'run', tmp_path/'whole')
+
+
+@pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_by_the_user(workshop, references, talking_face, tmp_path, number, code):
+    run = tmp_path/'run'
+    process = shell(*command(workshop.shards, run))
+    wait_for(lambda: newest(run) >= 2, lambda: process.poll() is None)
+    process.send_signal(number)
+    outcome = finished(process)
+    assert outcome.code == code and outcome.output == '' and 'Traceback' not in outcome.errors and 2 <= newest(run) < STEPS
+    assert (run/'FAILED').exists() and not (run/'DONE').exists() and not list(run.rglob('.*'))
+    if number == signal.SIGINT: assert len(outcome.messages()) == 1 and outcome.messages()[0].startswith('error: ')
+    assert talking_face(*command(workshop.shards, run, '--resume')).code == 0
+    assert_same(run, references['reconstruction'])
+
+
+def test_finished_run_is_not_trained_further(workshop, references, talking_face, tmp_path):
+    run = shutil.copytree(references['adversarial'], tmp_path/'run')
+    assert talking_face(*command(workshop.shards, run, '--resume', *ADVERSARIAL)).code == 0
+    assert_same(run, references['adversarial'])
+
+
+def test_weights_without_their_state_are_refused(workshop, references, talking_face, tmp_path):
+    run = shutil.copytree(references['adversarial'], tmp_path/'run')
+    newest_state, older_state = (run/f'checkpoints/step-{step:06d}.state.safetensors' for step in (STEPS, STEPS - 1))
+    for damage, word in ((lambda: shutil.copy(older_state, newest_state), 'another step'), (newest_state.unlink, 'no such')):
+        damage()
+        outcome = talking_face(*command(workshop.shards, run, '--resume', *ADVERSARIAL))
+        assert outcome.code == 2 and len(outcome.messages()) == 1 and f'step-{STEPS:06d}' in outcome.messages()[0] and word in outcome.messages()[0]
+
+
+# ---- chance ----
+
+def test_the_seed_decides_everything(workshop, references, tmp_path):
+    "A second training, in another process, is the same to the last bit; one with another seed is not."
+    jobs = [Job(tmp_path/f'log{seed}', *command(workshop.shards, tmp_path/f'{seed}', '--seed', seed, *ADVERSARIAL)) for seed in (0, 1)]
+    assert [job.outcome().code for job in jobs] == [0, 0]
+    assert_same(tmp_path/'0', references['adversarial'])
+    mine, other = (load_file(tmp_path/f'{seed}/checkpoints/step-{STEPS:06d}.safetensors') for seed in (0, 1))
+    trained = [name for name in mine if name.startswith(('embedder.', 'generator.', 'discriminator.')) and mine[name].ndim > 1]
+    assert trained and not any(np.array_equal(mine[name], other[name]) for name in trained)
+
+
+# ---- collapse ----
+
+@pytest.mark.parametrize('options, words', [
+    (['--learning-rate', '1e9'], ['learning_rate', 'at most 1']), (['--learning-rate', 'nan'], ['learning_rate']), (['--losses.pixel', 'nan'], ['pixel'])])
+def test_absurd_options_are_refused(workshop, talking_face, tmp_path, options, words):
+    outcome = talking_face(*command(workshop.shards, tmp_path/'run', *options))
+    assert outcome.code == 2 and len(outcome.messages()) == 1 and all(word in outcome.messages()[0] for word in words) and not (tmp_path/'run').exists()
+
+
+def test_numbers_that_are_not_finite_stop_the_run(workshop, references, talking_face, tmp_path, monkeypatch):
+    "From step 7 on the pictures are NaN. The checkpoint of step 6 is kept and is good: with sound pictures the run ends as if nothing had happened."
+    from talking_face.data.episodes import EpisodeSampler
+    original, run = EpisodeSampler.batch, tmp_path/'run'
+    def spoiled(sampler, step: int):
+        batch = original(sampler, step)
+        return batch._replace(target_images=batch.target_images * float('nan')) if step >= 6 else batch
+    monkeypatch.setattr(EpisodeSampler, 'batch', spoiled)
+    outcome = talking_face(*command(workshop.shards, run))
+    assert outcome.code == 2 and len(outcome.messages()) == 1 and str(run) in outcome.messages()[0] and 'step 7' in outcome.messages()[0]
+    assert newest(run) == 6 and (run/'FAILED').read_text().startswith('TrainingAlarm') and len(figures(run)) == 6
+    assert all(np.isfinite(value).all() for value in load_file(run/'checkpoints/step-000006.safetensors').values())
+    monkeypatch.undo()
+    assert talking_face(*command(workshop.shards, run, '--resume')).code == 0
+    assert_same(run, references['reconstruction'])
+
+
+def test_overflow_stops_the_run(workshop, talking_face, tmp_path):
+    outcome = talking_face(*command(workshop.shards, tmp_path/'run', '--losses.pixel', '3e38'))
+    assert outcome.code == 2 and 'is inf at step 1' in outcome.messages()[0] and newest(tmp_path/'run') == 0
+    assert (tmp_path/'run/FAILED').read_text().startswith('TrainingAlarm')
