@@ -53,8 +53,8 @@ class RunFolder:
         if not (run.path/'environment.json').exists(): write_json(run.path/'environment.json', environment())
         return run
 
-    @classmethod
-    def numbered(cls, root: str | os.PathLike, stage: str, preset: str, seed: int) -> Path:
+    @staticmethod
+    def numbered(root: str | os.PathLike, stage: str, preset: str, seed: int) -> Path:
         "Take the next free number under `root` and return the new, empty folder NNNNN-stage-preset-seedK."
         Path(root).mkdir(parents=True, exist_ok=True)
         while True:
@@ -65,8 +65,8 @@ class RunFolder:
     def log(self, event: str, **values: Any) -> None:
         "Append one event to metrics.jsonl; numbers that are not finite are written as null, so that every line is JSON."
         line = dict(event=event, time=round(time.time(), 3), **values)
-        clean = {key: None if isinstance(value, float) and value - value != 0 else value for key, value in line.items()}
-        with open(self.path/'metrics.jsonl', 'a', encoding='utf-8') as file: file.write(json.dumps(clean) + '\n')
+        for key, value in line.items(): line[key] = None if isinstance(value, float) and value - value != 0 else value
+        with open(self.path/'metrics.jsonl', 'a', encoding='utf-8') as file: file.write(json.dumps(line) + '\n')
 
     def events(self, event: str = '') -> list[dict[str, Any]]:
         "The events so far (of one kind, if named). A torn last line, left by a kill, is passed over."
@@ -82,7 +82,6 @@ class RunFolder:
 
     def truncate_events(self, event: str, step: int) -> None:
         "Forget events of this kind after `step`: a resumed run writes them again."
-        if not (self.path/'metrics.jsonl').exists(): return
         kept = [row for row in self.events() if row['event'] != event or row.get('step', 0) <= step]
         with atomic_path(self.path/'metrics.jsonl') as temporary: temporary.write_text(''.join(json.dumps(row) + '\n' for row in kept), encoding='utf-8')
 

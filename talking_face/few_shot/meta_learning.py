@@ -182,6 +182,7 @@ def meta_learn(config: MetaLearningConfig, shards: str | os.PathLike, out: str |
     TrainingLoop(learner, config, run, f'meta-learning {config.preset}', callback).fit(resume)
     return run
 
+# %% ../../nbs/05_few_shot/03_meta_learning.ipynb #a688353e
 class FewShotModel(NamedTuple):
     "A meta-learned model: networks in evaluation mode, its config, and where it came from."
     embedder: Embedder
