@@ -82,7 +82,8 @@ def run_train(arguments: argparse.Namespace) -> None:
                'losses': base.losses.replace(**given(arguments, LossConfig, 'losses.'))}
     manifest = read_manifest(arguments.data)
     split = arguments.split if arguments.split is not None else 'train' if any(record.split == 'train' for record in manifest) else ''
-    keys = manifest.select(split=split).keys if split and not (arguments.resume and arguments.split is None) else None
+    continued = arguments.resume and (Path(arguments.out)/'data.json').exists()  # then the run knows its clips
+    keys = manifest.select(split=split).keys if split and not (continued and arguments.split is None) else None
     run = meta_learn(base.replace(**changes), arguments.data, arguments.out, keys, arguments.resume)
     print(f'{run.path}: {base.replace(**changes).steps} steps done; next: talking-face fine-tune --run {run.path} --photos ... --out PERSON')
 

@@ -165,7 +165,7 @@ def meta_learn(config: MetaLearningConfig, shards: str | os.PathLike, out: str |
     started with; of its options only those in FREE_ON_RESUME may differ. Raises DataError for unusable shards and TrainingAlarm on collapse.
     """
     out = Path(out)
-    if resume and (out/'config.json').exists():
+    if resume and (out/'data.json').exists():  # written last: a run killed before is begun anew
         stored = MetaLearningConfig.from_dict(read_json(out/'config.json', CheckpointError)).to_dict()
         if different := [name for name, value in config.to_dict().items() if name not in FREE_ON_RESUME and stored[name] != value]:
             raise ConfigError(f'{out}: was started with another {", ".join(different)}; resume with the same options, or start a new run')

@@ -75,9 +75,10 @@ class Reenactment(NamedTuple):
 
 def animate_driver(person: Person, driver: Driver, config: ReenactConfig) -> Iterator[np.ndarray]:
     "Frames (S, S, 3) of the person moved by the driver, one after another, `config.batch` generated together."
-    fitted = fit_adaptation(driver.landmarks, person.landmarks)
+    fitted = None if config.adapt == 'none' else fit_adaptation(driver.landmarks, person.landmarks)
     for start in range(0, len(driver.landmarks), config.batch):
-        yield from person.animate(fitted.apply(driver.landmarks[start:start + config.batch], config.adapt).astype(np.float32))
+        landmarks = driver.landmarks[start:start + config.batch]
+        yield from person.animate(landmarks if fitted is None else fitted.apply(landmarks, config.adapt).astype(np.float32))
 
 def reenact(person: Person, driving: str | os.PathLike, out: str | os.PathLike, config: ReenactConfig, callback: Callable | None = None) -> Reenactment:
     """Write `out`, an mp4 of the person moved by the driving video: the driver's frame count, time stamps and (with `config.audio`) sound.
