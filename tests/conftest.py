@@ -1,4 +1,4 @@
-"""Fixtures of the whole way: a small corpus, a run and a person, made once per test session (by whichever worker comes first) and only read by the tests."""
+"""Fixtures of the whole way: a small corpus, runs and a person, made once per session (by the worker that comes first), only read by tests."""
 import os, shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pytest
 from PIL import Image
 
-from helpers import ADVERSARIAL, MICRO, Outcome, clip, frames_of
+from helpers import ADVERSARIAL, DLIB, MICRO, Outcome, clip, frames_of
 
 
 class Workshop(NamedTuple):
@@ -33,10 +33,11 @@ def build(folder: Path) -> None:
         shutil.copy(clip(identity), folder/'videos'/identity)
     Image.fromarray(frames_of(clip('syn11'), 1)[0]).save(folder/'photo.png')
     quiet('preprocess', folder/'videos', '--out', folder/'shards', '--size', 128, '--detector', 'dlib')
-    quiet('train', '--data', folder/'shards', '--out', folder/'run', '--steps', 30, '--warmup-steps', 5, '--threads', 1, '--log-every', 1, '--sample-every', 30)
-    quiet('train', '--data', folder/'shards', '--out', folder/'micro', '--steps', 8, '--log-every', 1, '--checkpoint-every', 1, '--keep-checkpoints', 9, *MICRO, *ADVERSARIAL)
-    quiet('fine-tune', '--run', folder/'run', '--photos', folder/'videos/syn11/syn11_c0.mp4', '--out', folder/'person', '--epochs', 2,
-          '--seconds', 0, 1.5, '--threads', 1, '--detector', 'dlib')
+    train = ['train', '--data', folder/'shards', '--log-every', 1, '--out']
+    quiet(*train, folder/'run', '--steps', 30, '--warmup-steps', 5, '--threads', 1, '--sample-every', 30)
+    quiet(*train, folder/'micro', '--steps', 8, '--checkpoint-every', 1, '--keep-checkpoints', 9, *MICRO, *ADVERSARIAL)
+    photos = ['--photos', folder/'videos/syn11/syn11_c0.mp4', '--seconds', 0, 1.5]
+    quiet('fine-tune', '--run', folder/'run', *photos, '--out', folder/'person', '--epochs', 2, *DLIB)
 
 
 @pytest.fixture(scope='session')

@@ -1,9 +1,10 @@
-"""What the tests of the whole way share: the command line in a process of its own, jobs that die on purpose, films made to order, an independent reader.
+"""What the tests of the whole way share: the command line in a process of its own, jobs that die on purpose, films made to order, an independent
+reader of films.
 
 Films are written and read with PyAV directly and sound is compared sample by sample: the package's own reader and writer are what is tested.
 """
-import contextlib, multiprocessing, os, re, resource, signal, subprocess, sys, time
-from collections.abc import Callable, Iterator
+import multiprocessing, os, re, resource, signal, subprocess, sys, time
+from collections.abc import Callable, Iterable
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,7 @@ PROGRESS_LINE = re.compile(r'.+ \d+/\d+  \d+:\d\d.*')     # what Progress leaves
 MICRO = ['--model.image-size', '32', '--model.generator-downs', '2', '--model.generator-residuals', '1', '--model.embedding-size', '16',
          *(option for name in ('embedder-width', 'generator-width', 'generator-last', 'discriminator-width') for option in (f'--model.{name}', '4')),
          '--clips', '2', '--targets', '2', '--support', '1', '2', '--threads', '1', '--sample-every', '0']     # a step of it takes 20 ms
+DLIB = ['--threads', 1, '--detector', 'dlib']
 ADVERSARIAL = ['--losses.adversarial', '0.1', '--losses.feature-matching', '1', '--losses.match', '0.1']
 
 
@@ -68,7 +70,7 @@ def everything_in(folder: Path) -> dict[str, bytes]:
 # ---- jobs that can be hurt: forked from a server that has torch loaded, so that a start takes no seconds ----
 
 def die_before(name: str, number: int, counted: str) -> None:
-    "Kill this process, without any clearing up, before the `number`-th (from 0) call of os.NAME, `replace` or `unlink`, for a path that contains `counted`."
+    "Kill this process, without any clearing up, before call `number` (from 0) of os.NAME, `replace` or `unlink`, for a path that contains `counted`."
     original, seen = getattr(os, name), []
     def call(*paths: os.PathLike, **options: object) -> None:
         if counted in str(paths[-1]):
@@ -79,7 +81,7 @@ def die_before(name: str, number: int, counted: str) -> None:
 
 
 def limit_file_size(size: int) -> None:
-    "From now on no file of this process can grow beyond `size` bytes: what a full disk does, for one process. Python ignores the signal, so write fails."
+    "From now on no file of this process can grow beyond `size` bytes: what a full disk does, for one. Python ignores the signal: writing fails."
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
@@ -96,7 +98,8 @@ class Job:
     "A command in a forked process; its output goes to LOG.out and LOG.err."
     def __init__(self, log: Path, *arguments: object, prepare: Callable | None = None, details: tuple = ()):
         context = multiprocessing.get_context('forkserver')
-        context.set_forkserver_preload(['torch._dynamo', 'talking_face.app.cli', 'talking_face.few_shot.meta_learning', 'talking_face.few_shot.reenactment'])
+        ours = [f'talking_face.{name}' for name in ('app.cli', 'few_shot.meta_learning', 'few_shot.reenactment')]
+        context.set_forkserver_preload(['torch._dynamo', *ours])     # the first optimiser would load it, which takes a second
         before = os.environ.get('OMP_NUM_THREADS')
         os.environ['OMP_NUM_THREADS'] = '1'     # for the server, which this starts the first time: threads do not survive a fork
         self.log, self.process = log, context.Process(target=_work, args=([str(argument) for argument in arguments], log, prepare, details))
@@ -106,8 +109,8 @@ class Job:
 
     def outcome(self, timeout_s: float = 60) -> Outcome:
         self.process.join(timeout_s)
-        if self.process.is_alive(): self.process.kill(); raise AssertionError(f'still at work after {timeout_s} s: {Path(f"{self.log}.err").read_text()}')
-        return Outcome(self.process.exitcode, Path(f'{self.log}.out').read_text(), Path(f'{self.log}.err').read_text())
+        if self.process.is_alive(): self.kill(); raise AssertionError(f'still at work after {timeout_s} s, see {self.log}.err')
+        return Outcome(self.process.exitcode, *(Path(f'{self.log}.{end}').read_text() for end in ('out', 'err')))
 
     def kill(self) -> int:
         "kill -9; returns the exit code, -9 unless it was done already."
@@ -142,7 +145,7 @@ def speech(duration_s: float, rate_hz: int = 16000) -> np.ndarray:
     return (loudness * random.normal(size=count).clip(-2, 2) / 2).astype(np.float32)
 
 
-def make_film(path: Path, frames: Iterator[np.ndarray] | list[np.ndarray], fps: int = 25, milliseconds: list[int] | None = None, sound: np.ndarray | None = None,
+def make_film(path: Path, frames: Iterable[np.ndarray], fps: int = 25, milliseconds: list[int] | None = None, sound: np.ndarray | None = None,
               faststart: bool = False) -> Path:
     "An H.264 film; `milliseconds`: the frames' own time stamps; `sound`: mono at 16 kHz; `frames` may be empty."
     with av.open(str(path), 'w', options={'movflags': '+faststart'} if faststart else {}) as container:
@@ -181,8 +184,8 @@ def watch(path: Path) -> Film:
         stream = container.streams.video[0]
         stamps = [frame.pts for frame in container.decode(stream)]
         times = [(stamp - stamps[0]) * stream.time_base for stamp in stamps]
-        film = [stream.codec_context.name, stream.codec_context.pix_fmt, stream.width, stream.height, stream.average_rate, times, float(stream.duration * stream.time_base)]
-        start_s = stamps[0] * stream.time_base
+        codec, start_s, end_s = stream.codec_context, stamps[0] * stream.time_base, stream.duration * stream.time_base
+        film = codec.name, codec.pix_fmt, stream.width, stream.height, stream.average_rate, times, float(end_s)
     return Film(*film, hear(path, start_s))
 
 

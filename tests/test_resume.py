@@ -1,4 +1,4 @@
-"""A training that is killed and continued is the same training: weights, state and logged figures, bit for bit. And one that goes wrong says so and stops."""
+"""A training that is killed and continued is the same training: weights, state and figures, bit for bit. One that goes wrong says so and stops."""
 import json, shutil, signal, time
 from pathlib import Path
 
@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from helpers import ADVERSARIAL, MICRO, Job, die_before, finished, shell, wait_for
+from helpers import ADVERSARIAL, DLIB, MICRO, Job, die_before, finished, shell, wait_for
 
 STEPS = 12
 SYSTEMS = {'reconstruction': [], 'adversarial': ADVERSARIAL}     # the second has a discriminator and a table of which a step moves a few rows only
 
 
 def command(shards: Path, run: Path, *options: object) -> list[object]:
-    return ['train', '--data', shards, '--out', run, '--steps', STEPS, '--log-every', 1, '--checkpoint-every', 1, '--keep-checkpoints', 3, *MICRO, *options]
+    rhythm = ['--log-every', 1, '--checkpoint-every', 1, '--keep-checkpoints', 3]
+    return ['train', '--data', shards, '--out', run, '--steps', STEPS, *rhythm, *MICRO, *options]
 
 
 def checkpoints(run: Path) -> dict[str, bytes]:
@@ -35,7 +36,8 @@ def log(run: Path) -> str:
 
 def figures(run: Path) -> list[dict]:
     "What was logged of the steps, without the clock."
-    return [{name: value for name, value in row.items() if name != 'time'} for row in map(json.loads, log(run).splitlines()) if row['event'] == 'step']
+    rows = [json.loads(line) for line in log(run).splitlines()]
+    return [{name: value for name, value in row.items() if name != 'time'} for row in rows if row['event'] == 'step']
 
 
 def assert_same(run: Path, reference: Path) -> None:
@@ -53,14 +55,15 @@ def references(workshop, tmp_path_factory) -> dict[str, Path]:
 
 
 def test_reference_has_what_must_be_restored(references):
-    "The other tests would prove little if these tensors were not there, or never moved: averages, moments, rows of the video table and the rows' own moments."
+    "The other tests would prove little if these were not there, or never moved: averages, moments, rows of the video table and the rows' moments."
     run = references['adversarial']
     late, early = (load_file(run/f'checkpoints/step-{step:06d}.safetensors') for step in (STEPS, STEPS - 1))
     moved = {name for name in late if not np.array_equal(late[name], early[name])}
     for part in ('embedder.', 'generator.', 'discriminator.', 'discriminator.table.', 'average.embedder.', 'average.generator.'):
         assert any(name.startswith(part) for name in moved), part
     state = load_file(run/f'checkpoints/step-{STEPS:06d}.state.safetensors')
-    for part in ('generator/', 'discriminator/', 'videos/'): assert any(name.startswith(part) and np.abs(value).max() > 0 for name, value in state.items()), part
+    for part in ('generator/', 'discriminator/', 'videos/'):
+        assert any(name.startswith(part) and np.abs(value).max() > 0 for name, value in state.items()), part
     assert {'adversarial', 'match', 'feature_matching', 'discriminator'} <= figures(run)[0].keys() and len(figures(run)) == STEPS
 
 
@@ -83,17 +86,19 @@ def test_killed_at_random_moments(workshop, references, tmp_path, system):
 
 
 @pytest.mark.parametrize('call, place, number, left', [
-    ('replace', 'config.json', 0, []), ('replace', 'environment.json', 0, []),              # before there is anything
+    *(('replace', name, 0, []) for name in ('config.json', 'environment.json', 'data.json')),  # before there is anything
     ('replace', '/step-', 0, []), ('replace', '/step-', 1, []),                              # before the first state; after it, before its weights
-    ('replace', '/step-', 8, [2, 3, 4]), ('replace', '/step-', 9, [2, 3, 4]),                # the same of the fifth checkpoint, whose predecessors are there
+    ('replace', '/step-', 8, [2, 3, 4]), ('replace', '/step-', 9, [2, 3, 4]),                # the same of the fifth, whose predecessors are there
     ('unlink', '/step-', 0, [1, 2, 3, 4]), ('unlink', '/step-', 1, [1, 2, 3, 4]),            # before the first is deleted; when half of it is
     ('replace', 'DONE', 0, [10, 11, 12])])
 def test_killed_just_before_a_file_changes(workshop, references, talking_face, tmp_path, call, place, number, left):
     run = tmp_path/'run'
-    killed = Job(tmp_path/'killed', *command(workshop.shards, run, '--resume', *ADVERSARIAL), prepare=die_before, details=(call, number, place)).outcome()
+    job = command(workshop.shards, run, '--resume', *ADVERSARIAL)
+    killed = Job(tmp_path/'killed', *job, prepare=die_before, details=(call, number, place)).outcome()
     assert killed.code == -signal.SIGKILL and steps(run) == left
-    if left: assert talking_face('fine-tune', '--run', run, '--photos', workshop.photo, '--out', tmp_path/'person', '--epochs', 0, '--detector', 'dlib').code == 0     # usable as it is
-    assert talking_face(*command(workshop.shards, run, '--resume', *ADVERSARIAL)).code == 0
+    person = ['fine-tune', '--run', run, '--photos', workshop.photo, '--out', tmp_path/'person', '--epochs', 0, *DLIB]
+    if left: assert talking_face(*person).code == 0     # what is there can be used as it is
+    assert talking_face(*job).code == 0
     assert_same(run, references['adversarial'])
 
 
@@ -109,9 +114,10 @@ def test_means_in_the_log_survive_a_kill_between_two_lines(workshop, talking_fac
     "A line for every five steps, a checkpoint for every two: the line of step 10 is the mean of five steps, although the run is continued at step 8."
     rhythm = ['--log-every', 5, '--checkpoint-every', 2]
     assert talking_face(*command(workshop.shards, tmp_path/'whole', *rhythm)).code == 0
-    killed = Job(tmp_path/'killed', *command(workshop.shards, tmp_path/'run', *rhythm), prepare=die_before, details=('replace', 8, '/step-')).outcome()
+    job = command(workshop.shards, tmp_path/'run', *rhythm)
+    killed = Job(tmp_path/'killed', *job, prepare=die_before, details=('replace', 8, '/step-')).outcome()
     assert killed.code == -signal.SIGKILL and newest(tmp_path/'run') == 8
-    assert talking_face(*command(workshop.shards, tmp_path/'run', '--resume', *rhythm)).code == 0
+    assert talking_face(*job, '--resume').code == 0
     assert [row['step'] for row in figures(tmp_path/'run')] == [5, 10, 12]
     assert_same(tmp_path/'run', tmp_path/'whole')
 
@@ -128,6 +134,19 @@ def test_stopped_by_the_user(workshop, references, talking_face, tmp_path, numbe
     if number == signal.SIGINT: assert len(outcome.messages()) == 1 and outcome.messages()[0].startswith('error: ')
     assert talking_face(*command(workshop.shards, run, '--resume')).code == 0
     assert_same(run, references['reconstruction'])
+
+
+@pytest.mark.parametrize('died', [False, True])
+def test_a_run_begun_with_resume_takes_the_clips_of_the_training_split(workshop, talking_face, tmp_path, died):
+    "Whether the folder is new or was left by a kill before anything was trained: test clips stay out."
+    shards, run = shutil.copytree(workshop.shards, tmp_path/'shards'), tmp_path/'run'
+    manifest = shards/'manifest.jsonl'
+    lines = manifest.read_text().splitlines(keepends=True)
+    manifest.write_text(''.join(line.replace('"split": ""', f'"split": "{split}"') for line, split in zip(lines, ('train', 'test'))))
+    job = command(shards, run, '--resume')
+    if died: assert Job(tmp_path/'killed', *job, prepare=die_before, details=('replace', 0, 'data.json')).outcome().code == -signal.SIGKILL
+    assert talking_face(*job).code == 0
+    assert json.loads((run/'data.json').read_text())['keys'] == [json.loads(lines[0])['key']]
 
 
 def test_finished_run_is_not_trained_further(workshop, references, talking_face, tmp_path):
@@ -160,10 +179,12 @@ def test_the_seed_decides_everything(workshop, references, tmp_path):
 # ---- collapse ----
 
 @pytest.mark.parametrize('options, words', [
-    (['--learning-rate', '1e9'], ['learning_rate', 'at most 1']), (['--learning-rate', 'nan'], ['learning_rate']), (['--losses.pixel', 'nan'], ['pixel'])])
+    (['--learning-rate', '1e9'], ['learning_rate', 'at most 1']), (['--learning-rate', 'nan'], ['learning_rate']),
+    (['--losses.pixel', 'nan'], ['pixel'])])
 def test_absurd_options_are_refused(workshop, talking_face, tmp_path, options, words):
     outcome = talking_face(*command(workshop.shards, tmp_path/'run', *options))
-    assert outcome.code == 2 and len(outcome.messages()) == 1 and all(word in outcome.messages()[0] for word in words) and not (tmp_path/'run').exists()
+    assert outcome.code == 2 and len(outcome.messages()) == 1 and all(word in outcome.messages()[0] for word in words)
+    assert not (tmp_path/'run').exists()
 
 
 def test_numbers_that_are_not_finite_stop_the_run(workshop, references, talking_face, tmp_path, monkeypatch):

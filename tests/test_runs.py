@@ -1,5 +1,5 @@
 """The notebooks for papermill: executed from end to end with tiny values, refused before anything runs where a parameter is wrong."""
-import json, logging, os, shutil
+import ast, json, logging, os, shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,7 +38,8 @@ def way(workshop, tmp_path_factory) -> Path:
     "A folder in which the three notebooks were executed, one after the other."
     folder, lines = tmp_path_factory.mktemp('way'), []
     given = {'meta_learn': dict(shards=str(workshop.shards), out=str(folder/'run'), split='', steps=6, threads=1),
-             'fine_tune': dict(run=str(folder/'run'), photos=str(workshop.videos/'syn11'), out=str(folder/'person'), shots=3, epochs=1, end_s=1, threads=1, detector='dlib'),
+             'fine_tune': dict(run=str(folder/'run'), photos=str(workshop.videos/'syn11'), out=str(folder/'person'), shots=3, epochs=1, end_s=1, threads=1,
+                               detector='dlib'),
              'reenact': dict(person=str(folder/'person'), driving=str(clip('syn01')), out=str(folder/'film.mp4'), side_by_side=True, detector='dlib')}
     for name, parameters in given.items(): execute(RUNS[name], folder/f'{name}.ipynb', ROOT, callback=lines.append, **parameters)
     (folder/'progress.txt').write_text('\n'.join(lines))
@@ -57,7 +58,8 @@ def test_results_are_there(way):
     steps = [row['step'] for row in map(json.loads, (way/'run/metrics.jsonl').read_text().splitlines()) if row['event'] == 'step']
     assert steps == [6] and (way/'run/DONE').exists() and list((way/'run/checkpoints').glob('step-000006.*'))
     header = json.loads((way/'person/config.json').read_text())
-    assert (header['photos'], header['steps'], header['run']) == (3, 5, str(way/'run'))      # one epoch: 3 photos in 5 views, 3 together
+    assert (header['photos'], header['run']) == (3, str(way/'run'))
+    assert header['steps'] == header['fine_tuning']['views']      # one epoch: every view of 3 photos, 3 together
     film = watch(way/'film.mp4')
     assert (len(film.times_s), film.width, film.height) == (75, 128, 64) and len(film.sound)
 
@@ -66,13 +68,16 @@ def test_pages_show_figures_pictures_and_progress(way):
     assert [pictures(way/f'{name}.ipynb') for name in ('meta_learn', 'fine_tune', 'reenact')] == [3, 2, 1]
     assert '6 steps in' in text(way/'meta_learn.ipynb') and 'frames=75' in text(way/'reenact.ipynb')
     assert 'meta-learning tiny 6/6' in text(way/'meta_learn.ipynb') and 'meta-learning tiny 6/6' in (way/'progress.txt').read_text()
-    for line in ('fine-tuning on 3 photos 5/5', 'finding the face 75/75', 'generating 75/75'): assert line in (way/'progress.txt').read_text()
+    steps = json.loads((way/'person/config.json').read_text())['steps']
+    shown = (way/'progress.txt').read_text()
+    for line in (f'fine-tuning on 3 photos {steps}/{steps}', 'finding the face 75/75', 'generating 75/75'): assert line in shown
 
 
 # ---- refused ----
 
-TYPOS = [('meta_learn', 'stesp', 6, "'steps'"), ('meta_learn', 'steps', '6', 'int'), ('meta_learn', 'steps', 6.5, 'int'), ('meta_learn', 'resume', 1, 'bool'),
-         ('fine_tune', 'epoch', 1, "'epochs'"), ('fine_tune', 'photos', ['a', 'b'], 'str'), ('reenact', 'side_by_sied', True, "'side_by_side'"), ('reenact', 'audio', None, 'str')]
+TYPOS = [('meta_learn', 'stesp', 6, "'steps'"), ('meta_learn', 'steps', '6', 'int'), ('meta_learn', 'steps', 6.5, 'int'),
+         ('meta_learn', 'resume', 1, 'bool'), ('fine_tune', 'epoch', 1, "'epochs'"), ('fine_tune', 'photos', ['a', 'b'], 'str'),
+         ('reenact', 'side_by_sied', True, "'side_by_side'"), ('reenact', 'audio', None, 'str')]
 
 
 @pytest.mark.parametrize('notebook, name, value, word', TYPOS)
@@ -89,13 +94,14 @@ def test_papermill_knows_every_parameter(notebook):
     declared, inspected = declared_parameters(RUNS[notebook]), papermill.inspect_notebook(str(RUNS[notebook]))
     assert list(inspected) == list(declared) and declared
     for name, value in declared.items():
-        assert inspected[name]['inferred_type_name'] == type(value).__name__ and eval(inspected[name]['default']) == value and inspected[name]['help'], name
+        seen = inspected[name]
+        assert (seen['inferred_type_name'], ast.literal_eval(seen['default'])) == (type(value).__name__, value) and seen['help'], name
 
 
 def test_papermill_called_directly_with_a_typo_fails_inside(tmp_path, caplog):
     from papermill.exceptions import PapermillExecutionError
     with caplog.at_level(logging.ERROR), pytest.raises(PapermillExecutionError) as error:
-        papermill.execute_notebook(str(RUNS['meta_learn']), str(tmp_path/'out.ipynb'), parameters=dict(stesp=6, out=str(tmp_path/'run')), cwd=str(ROOT), progress_bar=False)
+        papermill.execute_notebook(str(RUNS['meta_learn']), str(tmp_path/'out.ipynb'), dict(stesp=6, out=str(tmp_path/'run')), cwd=str(ROOT), progress_bar=False)
     assert error.value.ename == 'ConfigError' and "did you mean 'steps'" in error.value.evalue
     assert os.listdir(tmp_path) == ['out.ipynb']      # papermill keeps its copy; no run was begun
 
@@ -105,7 +111,8 @@ def test_fault_inside_comes_back_as_itself(workshop, tmp_path):
         execute(RUNS['reenact'], tmp_path/'out.ipynb', tmp_path, person=str(workshop.person), driving='nowhere.mp4', out='film.mp4')
     assert type(error.value) is MediaError and os.listdir(tmp_path) == ['out.failed.ipynb']
     kept = outputs(tmp_path/'out.failed.ipynb')
-    assert kept[-1]['ename'] == 'MediaError' and '| `adapt` |' in ''.join(kept[0]['data']['text/markdown'])      # where it failed, and what went well before
+    assert kept[-1]['ename'] == 'MediaError'                                                                          # where it failed,
+    assert any('| `adapt` |' in ''.join(output.get('data', {}).get('text/markdown', '')) for output in kept)         # and what went well before
 
 
 # ---- the walkthrough, which takes minutes, without the work: what it asks of whom ----
@@ -118,7 +125,8 @@ def test_walkthrough_gives_the_notebooks_what_they_take(workshop, tmp_path, monk
         shutil.copytree(workshop.shards, out)
         (out/'manifest.jsonl').write_text((out/'manifest.jsonl').read_text().replace('"split": ""', '"split": "test"'))
         return SimpleNamespace(clips=2, frames=150)
-    def note(notebook, output, folder, **given): calls.append((notebook.stem, SimpleNamespace(**check_parameters(given, declared_parameters(notebook), notebook.name))))
+    def note(notebook, output, folder, **given):
+        calls.append((notebook.stem, SimpleNamespace(**check_parameters(given, declared_parameters(notebook), notebook.name))))
     monkeypatch.setattr(walkthrough, 'preprocess', prepare)
     monkeypatch.setattr(walkthrough, 'execute', note)
     shards, run, people = walkthrough.run_stages(tmp_path, ROOT, 7, 3)
@@ -128,8 +136,9 @@ def test_walkthrough_gives_the_notebooks_what_they_take(workshop, tmp_path, monk
     assert {(tuned.run, tuned.photos, tuned.shots, tuned.seed) for tuned in (first, second)} == {(str(run), str(shards), 8, 3)}
     assert [first.out, second.out] == [str(path) for path in people.values()] and first.clip.startswith('syn01') and second.clip.startswith('syn11')
     assert cross.person == own.person == first.out and Path(cross.driving) == clip('syn11') and cross.side_by_side
-    assert round(first.end_s * 25, 6) == 37                                # the photos are from frames 0 to 36 of 75; the face is judged on frames 38 to 74
+    assert round(first.end_s * 25, 6) == 37            # the photos are from frames 0 to 36 of 75; the face is judged on frames 38 to 74
     held_out, whole = watch(Path(own.driving)), watch(clip('syn01'))
-    assert len(held_out.times_s) == 37 and np.abs(np.stack(frames_of(Path(own.driving))).astype(int) - np.stack(frames_of(clip('syn01'))[38:])).mean() < 3
+    there, source = (np.stack(frames_of(path)).astype(int) for path in (Path(own.driving), clip('syn01')))
+    assert len(held_out.times_s) == 37 and np.abs(there - source[38:]).mean() < 3
     lag, likeness = lag_and_likeness(whole.sound[38 * 640:], held_out.sound)
     assert abs(lag) <= 16 and likeness > .95
