@@ -194,9 +194,9 @@ FREE_ON_RESUME = ('threads', 'device', 'log_every', 'sample_every', 'checkpoint_
 class FineTuneConfig(PhotosConfig):
     "Fine-tuning on the T photos of one person."
     epochs: int = option(40, 'passes over the T photos; the paper has 40', 0)
-    views: int = option(8, 'differently augmented views of each photo per epoch; the paper has 1', 1, 64)
+    views: int = option(5, 'differently augmented views of each photo per epoch; the paper has 1', 1, 64)
     batch: int = option(8, 'photos per step (at most T)', 1, 64)
-    learning_rate: float = option(1.5e-3, 'Adam step size of the generator', 0, 1)
+    learning_rate: float = option(2e-3, 'Adam step size of the generator', 0, 1)
     psi_learning_rate: float = option(5e-3, 'Adam step size of the person\'s AdaIN parameters psi\'', 0, 1)
     discriminator_learning_rate: float = option(2e-4, 'Adam step size of D and w\'', 0, 1)
     schedule: str = option('cosine', 'step size: constant, or flat to half and then cosine to 2 %', choices=('constant', 'cosine'))

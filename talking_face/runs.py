@@ -206,7 +206,7 @@ def execute(notebook: str | os.PathLike, output: str | os.PathLike, folder: str 
     with _ONE_AT_A_TIME, atomic_path(output) as temporary, _progress_lines(callback):
         try:
             papermill.execute_notebook(str(notebook), str(temporary), parameters=parameters, cwd=str(folder), progress_bar=False,
-                                       kernel_name='python3', execution_timeout=timeout_s, extra_arguments=['--IPKernelApp.log_level=40'])
+                                       kernel_name='python3', execution_timeout=timeout_s, extra_arguments=['--IPKernelApp.log_level=50'])
         except PapermillExecutionError as error:
             _keep(temporary, output)
             kinds = {kind.__name__: kind for kind in _children(TalkingFaceError)}

@@ -38,8 +38,8 @@ def way(workshop, tmp_path_factory) -> Path:
     "A folder in which the three notebooks were executed, one after the other."
     folder, lines = tmp_path_factory.mktemp('way'), []
     given = {'meta_learn': dict(shards=str(workshop.shards), out=str(folder/'run'), split='', steps=6, threads=1),
-             'fine_tune': dict(run=str(folder/'run'), photos=str(workshop.videos/'syn11'), out=str(folder/'person'), shots=3, epochs=1, end_s=1, threads=1,
-                               detector='dlib'),
+             'fine_tune': dict(run=str(folder/'run'), photos=str(workshop.videos/'syn11'), out=str(folder/'person'), shots=3, epochs=1, end_s=1,
+                               threads=1, detector='dlib'),
              'reenact': dict(person=str(folder/'person'), driving=str(clip('syn01')), out=str(folder/'film.mp4'), side_by_side=True, detector='dlib')}
     for name, parameters in given.items(): execute(RUNS[name], folder/f'{name}.ipynb', ROOT, callback=lines.append, **parameters)
     (folder/'progress.txt').write_text('\n'.join(lines))
@@ -101,7 +101,8 @@ def test_papermill_knows_every_parameter(notebook):
 def test_papermill_called_directly_with_a_typo_fails_inside(tmp_path, caplog):
     from papermill.exceptions import PapermillExecutionError
     with caplog.at_level(logging.ERROR), pytest.raises(PapermillExecutionError) as error:
-        papermill.execute_notebook(str(RUNS['meta_learn']), str(tmp_path/'out.ipynb'), dict(stesp=6, out=str(tmp_path/'run')), cwd=str(ROOT), progress_bar=False)
+        wrong = dict(stesp=6, out=str(tmp_path/'run'))
+        papermill.execute_notebook(str(RUNS['meta_learn']), str(tmp_path/'out.ipynb'), wrong, cwd=str(ROOT), progress_bar=False)
     assert error.value.ename == 'ConfigError' and "did you mean 'steps'" in error.value.evalue
     assert os.listdir(tmp_path) == ['out.ipynb']      # papermill keeps its copy; no run was begun
 

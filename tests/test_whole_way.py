@@ -75,7 +75,7 @@ def test_alignment_measure_sees_a_shift():
 
 
 def test_fine_tuned_face_is_near_the_real_one_and_in_step_with_it(workshop, talking_face, tmp_path):
-    "Driven by the film that the photos are from and shown beside it, the left half is the truth for the right half. The photos are from frames 0 to 37."
+    "Driven by the film of the photos and shown beside it, the left half is the truth for the right half. The photos are from frames 0 to 37."
     def halves(*face: object) -> tuple[np.ndarray, np.ndarray]:
         options = ['--driving', clip('syn11'), '--out', tmp_path/'own.mp4', '--side-by-side', '--adapt', 'none', *DLIB]
         assert talking_face('reenact', *face, *options).code == 0
@@ -132,7 +132,7 @@ def test_photo_of_a_group(workshop, talking_face, tmp_path, faces):
         assert talking_face(*face, tmp_path/'out.mp4', *choice).code == 0
         return (tmp_path/'out.mp4').read_bytes()
     assert film('--photo-face', 0) != film('--photo-face', 1)
-    if faces == 3: assert film('--photo-face', 'largest') == film('--face', 'largest')      # the driver's choice holds where the photo has none of its own
+    if faces == 3: assert film('--photo-face', 'largest') == film('--face', 'largest')      # where the photo has no choice of its own
     person = ['fine-tune', '--run', workshop.micro, '--photos', group, '--epochs', 0, '--out', tmp_path/'person', *DLIB]
     if faces == 2: assert talking_face(*person, '--face', 1).code == 0
 
