@@ -1,0 +1,47 @@
+"The larger presets make a real training step: every parameter moves, and what they need beside data is asked for by name."
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+from talking_face.config import PRESETS, PreprocessConfig
+from talking_face.core import WeightsUnavailable
+from talking_face.data.episodes import EpisodeSampler
+from talking_face.data.preprocessing import preprocess
+from talking_face.few_shot.meta_learning import FewShotLearner, meta_learn
+
+CLIPS = Path(__file__).parent.parent/'data/embedded/clips'
+
+@pytest.fixture(scope='module')
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('presets')/'shards'
+    preprocess([CLIPS/'syn01'], folder, PreprocessConfig(size=256, detector='dlib'))
+    return folder
+
+def one_step(config, shards):
+    torch.set_num_threads(1)
+    learner = FewShotLearner(config, EpisodeSampler(shards, config.model, 1, 1, (1,), 0.0, 0))
+    before = {name: copy.deepcopy(module.state_dict()) for name, module in learner.modules.items()}
+    figures = learner.step(learner.batch(0))
+    still = {f'{name}.{key}' for name, module in learner.modules.items() for key, parameter in module.named_parameters()
+             if torch.equal(parameter, before[name][key])}
+    return figures, still
+
+def test_small_makes_a_step(shards):
+    figures, still = one_step(PRESETS['small'].replace(warmup_steps=0), shards)
+    assert {'pixel', 'structure', 'parts', 'face', 'adversarial', 'feature_matching', 'match', 'discriminator'} <= figures.keys()
+    assert still <= {'discriminator.b'}, still  # while both hinges are active its two gradients cancel
+
+def test_paper_makes_a_step_at_256_pixels(shards):
+    paper = PRESETS['paper']
+    figures, still = one_step(paper.replace(losses=paper.losses.replace(vgg19=0.0, vggface=0.0, pixel=1.0)), shards)
+    assert {'adversarial', 'feature_matching', 'match', 'score_real', 'discriminator'} <= figures.keys()
+    # behind an attention whose gamma starts at 0 nothing can move in the first step
+    assert {name for name in still if 'attention' not in name and name != 'discriminator.b'} == set(), still
+    assert {name for name in still if name.endswith('gamma')} == set()
+
+def test_paper_asks_for_its_weights_before_it_makes_a_folder(shards, tmp_path, monkeypatch):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path/'empty'))
+    with pytest.raises(WeightsUnavailable, match='vgg19'): meta_learn(PRESETS['paper'], shards, tmp_path/'run')
+    assert not (tmp_path/'run').exists()
