@@ -21,7 +21,7 @@ demo: setup
 
 test: setup
 	$(BIN)/nbdev_test --n_workers 2 --timing
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lab: setup
 	$(BIN)/jupyter lab nbs

@@ -283,7 +283,7 @@ def test_the_two_commands():
     plan = {name: subprocess.run(['make', '--dry-run', name], cwd=ROOT, capture_output=True, text=True, timeout=20) for name in ('demo', 'test')}
     assert all(run.returncode == 0 for run in plan.values())
     assert 'talking-face walkthrough --out artifacts/demo' in plan['demo'].stdout
-    assert re.search(r'nbdev_test\b', plan['test'].stdout) and re.search(r'-m pytest$', plan['test'].stdout, re.MULTILINE)
+    assert re.search(r'nbdev_test\b', plan['test'].stdout) and re.search(r'-m pytest( |$)', plan['test'].stdout, re.MULTILINE)
 
 
 def test_ci_runs_make_test():

@@ -208,7 +208,7 @@ class Checkpointed(Resumable):
             if len(stored) != sum(len(group['params']) for group in optimiser.param_groups):
                 raise CheckpointError(f'{path}: the state of its optimiser {name} is incomplete; delete both files to resume from the one before')
         self.apply(weights, state, path)
-        self.step, self.pending, self.alarm.counts = header['step'], state_header['pending'], state_header['alarm']
+        self.step, self.pending, self.alarm.counts = header['step'], state_header.get('pending', []), state_header.get('alarm', self.alarm.counts)
 
     def choose_threads(self) -> int:
         "Set the configured number of threads, else the one this run last had, else the fastest of a few timed steps."
