@@ -124,8 +124,9 @@ class Progress:
         self.done, self.values = done, values or self.values
         if time.monotonic() - self.shown >= self.interval_s or done >= self.total: self._show()
 
-    def __exit__(self, *error) -> None:
-        self._show(last=True)
+    def __exit__(self, kind: type | None, *error) -> None:
+        if kind is None or _in_kernel(): self._show(last=True)
+        elif sys.stderr.isatty() and not self.callback: print('\r\x1b[K', end='', file=sys.stderr, flush=True)  # the error's own line is enough
 
     def text(self) -> str:
         "One line: title, done/total, elapsed and remaining time, figures."
