@@ -53,7 +53,8 @@ def environment() -> dict[str, str]:
 
 def shell(*arguments: object) -> subprocess.Popen:
     "Start `talking-face ARGUMENTS` as a user would."
-    return subprocess.Popen([COMMAND, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), cwd=ROOT)
+    return subprocess.Popen([COMMAND, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), cwd=ROOT,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell in the background makes its children ignore Ctrl-C
 
 
 def finished(process: subprocess.Popen, timeout_s: float = 60) -> Outcome:

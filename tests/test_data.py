@@ -92,7 +92,8 @@ def workers_of(out):
 def test_interrupt_signal_stops_workers_cleanly(videos, tmp_path):
     out, script = tmp_path/'out', tmp_path/'child.py'
     script.write_text(CHILD.format(tests=str(ROOT/'tests'), videos=str(videos), out=str(out), jobs=2))
-    child = subprocess.Popen([sys.executable, str(script)], start_new_session=True, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen([sys.executable, str(script)], start_new_session=True, stderr=subprocess.PIPE, text=True,
+                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))       # even where the tests themselves ignore it
     while child.poll() is None and not (out/'finished.jsonl').exists(): time.sleep(0.02)
     time.sleep(0.3)
     os.killpg(child.pid, signal.SIGINT)                                    # what a terminal does on Ctrl-C: the whole group
