@@ -389,7 +389,7 @@ def test_no_path_of_a_machine_is_committed():
 def test_paths_of_a_machine_are_seen(tmp_path):
     bad = [f'/{top}/{rest}' for top, rest in (('tmp', 'tmpx1/out.mp4'), ('home', 'ann/x'), ('work', 'main'), ('Users', 'ann'), ('root', 'x'))]
     for text in bad: assert MACHINE_PATH.findall(f"open('{text}')") == [text]
-    for text in ('a file in `/tmp` or /tmp, say', '../work/x', 'https://host/home/page', 'nbs/work/tmp/x', '~/work/x'): assert not MACHINE_PATH.search(text)
+    for text in ('a file in `/tmp` or /tmp, say', '../work/x', 'https://host/home/page', 'nbs/runs/tmp/x', '~/work/x'): assert not MACHINE_PATH.search(text)
     notebook = tmp_path/'x.ipynb'
     notebook.write_text(json.dumps(dict(cells=[dict(cell_type='code', source=['1'], outputs=[dict(data={'image/png': bad[0], 'text/plain': ['fine']}), dict(text=[bad[1]])])])))
     assert MACHINE_PATH.findall(readable(notebook)) == [bad[1]]

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import copy, errno, json, math, os, re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -240,15 +240,12 @@ class TrainingLoop(Checkpointed):
 
     def fit(self, resume: bool = False) -> None:
         "Train to `options.steps`; with `resume` continue from the newest checkpoint of the run, if there is one."
-        total = self.options.steps
-        with self.run.outcome(), Progress(self.title, total, self.callback) as progress, ThreadPoolExecutor(1) as reader:
+        with self.run.outcome(), Progress(self.title, self.options.steps, self.callback) as progress:
             if resume: self.restore()
             self.run.truncate_events('step', self.step)
-            self.run.log('start', threads=self.choose_threads(), step=self.step)
-            future = reader.submit(self.system.batch, self.step)
-            while self.step < total:
-                batch = future.result()
-                if self.step + 1 < total: future = reader.submit(self.system.batch, self.step + 1)
+            threads = self.choose_threads()
+            self.run.log('start', threads=threads, step=self.step)
+            for batch in self.batches(ahead=threads < (os.cpu_count() or 1)):
                 figures = self.advance(batch)
                 self.alarm.check(self.step, figures, str(self.run.path))
                 self.pending.append(figures)
@@ -256,6 +253,15 @@ class TrainingLoop(Checkpointed):
                 if self.is_due(self.options.sample_every): self.draw()
                 if self.is_due(self.options.checkpoint_every): self.save()
                 progress(self.step, **{name: figures[name] for name in list(figures)[:1]})
+
+    def batches(self, ahead: bool) -> Iterator[Any]:
+        "The data of the remaining steps; with `ahead` drawn one step early in a second thread, which pays only where a core is free for it."
+        with ThreadPoolExecutor(1) as reader:
+            future = None
+            for step in range(self.step, self.options.steps):
+                batch = future.result() if future else self.system.batch(step)
+                future = reader.submit(self.system.batch, step + 1) if ahead and step + 1 < self.options.steps else None
+                yield batch
 
     def is_due(self, every: int) -> bool:
         "Whether something done every so many steps (0 = never) is due now; the last step is always due."
