@@ -427,3 +427,15 @@ def test_trunk_maps_are_block_outputs():
     maps = trunk(*pictures(FULL, 1))
     for hook in hooks: hook.remove()
     assert len(maps) == len(seen) == 5 and all(torch.equal(a, b) for a, b in zip(maps, seen)), 'nothing has overwritten a map in place'
+
+
+def test_folding_a_copy_leaves_the_original_alone():
+    "torch's removal edits the class of a parametrised layer, and deep copies share it."
+    from talking_face.networks.layers import DownBlock, fold_spectral_norm
+    block = DownBlock(6, 8, spectral=True).eval()
+    x = torch.randn(2, 6, 8, 8)
+    before = block(x)
+    folded = fold_spectral_norm(copy.deepcopy(block))
+    assert torch.equal(block(x), before) and torch.allclose(folded(x), before, atol=1e-5)
+    assert 'conv1.weight' in folded.state_dict() and 'conv1.parametrizations.weight.original' in block.state_dict()
+    assert torch.allclose(fold_spectral_norm(block)(x), before, atol=1e-5)

@@ -142,6 +142,8 @@ def fold_spectral_norm(module: nn.Module) -> nn.Module:
     for layer in module.modules():
         if not parametrize.is_parametrized(layer, 'weight'): continue
         layer.parametrizations.weight.eval()  # in training mode reading the weight would move the stored vectors
+        own = {name: value for name, value in vars(type(layer)).items() if name not in ('__dict__', '__weakref__')}
+        layer.__class__ = type(type(layer).__name__, type(layer).__bases__, own)  # deep copies share a class, which the removal edits
         parametrize.remove_parametrizations(layer, 'weight', leave_parametrized=True)
     return module
 
