@@ -12,24 +12,10 @@ from talking_face.signals.detectors import (FAN_FILE, FAN_SOURCE, MEDIAPIPE_SHA2
 from talking_face.signals.landmarks import FLIP_ORDER, PARTS, DlibDetector, detect_face, interocular_distance, track_face
 from talking_face.signals.media import read_image, read_video
 
-ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT/'../shared/data'
+from faces import EMBEDDED, ROOT, SHARED, dlib_detector, frame, percent, real_data  # fixtures among them
+
 MODELS = ROOT/'../shared/models'
-EMBEDDED = ROOT/'data/embedded/clips'
-real_data = pytest.mark.skipif(not SHARED.is_dir(), reason='needs the real sample data beside the repository (../shared/data)')
 
-
-@pytest.fixture(scope='module')
-def dlib_detector(): return DlibDetector()
-
-
-@pytest.fixture(scope='module')
-def frame(): return read_video(EMBEDDED/'syn01/syn01_c0.mp4', maximum_frames=1)[0]
-
-
-def percent(points, truth):
-    "Mean distance in percent of the inter-ocular distance."
-    return float(np.nanmean(np.linalg.norm(points - truth, axis=-1) / np.expand_dims(interocular_distance(truth), -1)) * 100)
 
 
 @pytest.fixture

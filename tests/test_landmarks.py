@@ -11,23 +11,9 @@ from talking_face.signals import landmarks as room
 from talking_face.signals.landmarks import FLIP_ORDER, DlibDetector, choose_face, detect_face, follow_face, interocular_distance, is_lost, track_face
 from talking_face.signals.media import read_image, read_video
 
-ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT/'../shared/data'
-EMBEDDED = ROOT/'data/embedded/clips'
-real_data = pytest.mark.skipif(not SHARED.is_dir(), reason='needs the real sample data beside the repository (../shared/data)')
+from faces import EMBEDDED, ROOT, SHARED, dlib_detector, frame, percent, real_data  # fixtures among them
 
 
-@pytest.fixture(scope='module')
-def dlib_detector(): return DlibDetector()
-
-
-@pytest.fixture(scope='module')
-def frame(): return read_video(EMBEDDED/'syn01/syn01_c0.mp4', maximum_frames=1)[0]
-
-
-def percent(points, truth):
-    "Mean distance in percent of the inter-ocular distance."
-    return float(np.nanmean(np.linalg.norm(points - truth, axis=-1) / np.expand_dims(interocular_distance(truth), -1)) * 100)
 
 
 # --- the default detector

@@ -5,6 +5,7 @@
 # %% ../../nbs/04_networks/03_perceptual.ipynb #23f66ea0
 from __future__ import annotations
 
+import abc
 import pickle, re
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +22,7 @@ __all__ = ['SCALINGS', 'VGG_LAYOUTS', 'FeatureNetwork', 'mean_absolute_differenc
            'InputScaling', 'VGGFeatures', 'find_vgg_file', 'guess_scaling', 'load_vgg', 'FaceFeatures']
 
 # %% ../../nbs/04_networks/03_perceptual.ipynb #dd154152
-class FeatureNetwork(nn.Module):
+class FeatureNetwork(nn.Module, abc.ABC):
     """Base of the frozen networks: pictures (B, 3, S, S) in [-1, 1] RGB to a list of feature maps (B, C_k, H_k, W_k), shallow to deep.
 
     `layer_names` and `layer_weights` belong to the maps in order. `precision`: 'fp32', or 'bf16' for convolutions in bfloat16.
@@ -37,7 +38,8 @@ class FeatureNetwork(nn.Module):
     def _freeze(self) -> None:
         self.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
-    def _maps(self, images: torch.Tensor) -> list[torch.Tensor]: raise NotImplementedError
+    @abc.abstractmethod
+    def _maps(self, images: torch.Tensor) -> list[torch.Tensor]: "The maps of pictures in the network's own scaling, shallow to deep."
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
         if images.ndim != 4 or images.shape[1] != 3: raise ValueError(f'images must be (B, 3, H, W), got {tuple(images.shape)}')

@@ -5,7 +5,7 @@
 # %% ../../nbs/02_signals/02_landmarks.ipynb #8604fdd6
 from __future__ import annotations
 
-import functools, importlib.util, math
+import abc, functools, importlib.util, math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -79,14 +79,14 @@ def largest_first(faces: list[Face]) -> list[Face]:
     return sorted(faces, key=lambda face: -_box_side(face.box))
 
 # %% ../../nbs/02_signals/02_landmarks.ipynb #8367f944
-class LandmarkDetector:
+class LandmarkDetector(abc.ABC):
     "What every detector can do. Use it in a `with` block or call `close()` when done."
     name: str      # 'dlib', 'fan' or 'mediapipe'
     version: str   # library version and a prefix of the weights' SHA-256: equal strings mean equal points
 
+    @abc.abstractmethod
     def detect(self, image: np.ndarray) -> list[Face]:
         "All faces of an image `(H, W, 3)` uint8 RGB, largest first, in its pixels; an empty list where there is none."
-        raise NotImplementedError
 
     def detect_near(self, image: np.ndarray, box: Box) -> list[Face]:
         "The faces in a window 2.4 boxes wide around `box`, in pixels of the whole image."
