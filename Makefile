@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export GRADIO_ANALYTICS_ENABLED := False
 
-.PHONY: setup demo test lab bench prepare clean
+.PHONY: setup demo test lab bench corpus prepare clean
 
 setup: .venv/installed
 
@@ -13,7 +13,7 @@ setup: .venv/installed
 	$(PYTHON) -c "import sys; sys.exit('Python 3.11 or newer is needed, this is ' + sys.version.split()[0]) if sys.version_info < (3, 11) else None"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,synthetic]"
 	touch $@
 
 demo: setup
@@ -28,6 +28,14 @@ lab: setup
 
 bench: setup
 	$(BIN)/python -m talking_face.app.bench
+
+# renders data/embedded again and judges it; needs the head assets (its README says where they are from)
+corpus: setup
+	rm -rf artifacts/corpus
+	$(BIN)/talking-face synthesize --out artifacts/corpus --identities 24 --clips 2 --seconds 3 --seed 1 --jobs 2
+	$(BIN)/python -m talking_face.evaluation.corpus_truth artifacts/corpus
+	rm -rf data/embedded
+	mv artifacts/corpus data/embedded
 
 # for those who change a notebook: export, clean, README
 prepare: setup

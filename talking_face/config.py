@@ -13,8 +13,8 @@ from .core import ConfigError
 
 # %% auto #0
 __all__ = ['FREE_ON_RESUME', 'PRESETS', 'FINE_TUNE_PRESETS', 'option', 'Config', 'DetectorConfig', 'PhotosConfig',
-           'PreprocessConfig', 'ModelConfig', 'LossConfig', 'MetaLearningConfig', 'FineTuneConfig', 'ReenactConfig',
-           'preset', 'describe']
+           'PreprocessConfig', 'SelectConfig', 'SynthesisConfig', 'ModelConfig', 'LossConfig', 'MetaLearningConfig',
+           'FineTuneConfig', 'ReenactConfig', 'preset', 'describe']
 
 # %% ../nbs/01_ground/01_config.ipynb #81601b15
 def option(default: Any, help: str, minimum: float | None = None, maximum: float | None = None, choices: tuple | None = None) -> Any:
@@ -113,6 +113,37 @@ class PreprocessConfig(DetectorConfig):
 
 # %% ../nbs/01_ground/01_config.ipynb #aa438b49
 @dataclass(frozen=True)
+class SelectConfig(Config):
+    "Limits on the clips' report cards; the defaults keep every clip."
+    minimum_seconds: float = option(0.0, 'length of the clip', 0)
+    minimum_frames: int = option(0, 'stored frames', 0)
+    minimum_face_share: float = option(0.0, 'share of frames in which the face was usable', 0, 1)
+    minimum_face_pixels: float = option(0.0, 'size of the face in the source, in pixels', 0)
+    maximum_yaw: float = option(180.0, 'how far the head turns to either side, in degrees (5th to 95th percentile)', 0, 180)
+    maximum_pitch: float = option(180.0, 'how far the head nods up or down, in degrees', 0, 180)
+    maximum_roll: float = option(180.0, 'how far the head tilts, in degrees', 0, 180)
+    minimum_sharpness: float = option(0.0, 'sharpness of the face; 1 is a smear, 2.5 in focus', 0)
+    minimum_brightness: float = option(0.0, 'mean brightness of the face', 0, 1)
+    maximum_brightness: float = option(1.0, 'mean brightness of the face', 0, 1)
+    minimum_contrast: float = option(0.0, 'standard deviation of the brightness within the face', 0, 1)
+    minimum_speech: float = option(0.0, 'share of the sound in which somebody speaks; above 0, clips without sound are left out', 0, 1)
+    maximum_lag: float = option(100.0, 'distance of sound and mouth in frames, either way, where it could be measured', 0)
+    known_lag: bool = option(False, 'leave out clips whose lag could not be measured')
+
+# %% ../nbs/01_ground/01_config.ipynb #28240c39
+@dataclass(frozen=True)
+class SynthesisConfig(Config):
+    "Rendered talking heads with exact truth."
+    identities: int = option(24, 'people', 1, 100_000)
+    clips: int = option(2, 'clips of each person', 1, 1000)
+    seconds: float = option(3.0, 'length of a clip in seconds', 0.2, 600)
+    seed: int = option(0, 'start of every source of chance: who, what is said, how it moves and is lit', 0)
+    size: int = option(256, 'side of the square picture in pixels', 64, 1024)
+    crf: int = option(23, 'quality of the video, 0 (lossless) to 51; the landmarks do not depend on it', 0, 51)
+    jobs: int = option(1, 'worker processes; the result does not depend on it', 1, 256)
+
+# %% ../nbs/01_ground/01_config.ipynb #284bd256
+@dataclass(frozen=True)
 class ModelConfig(Config):
     "Shapes of embedder E, generator G and discriminator D (Zakharov et al. 2019, section 3)."
     image_size: int = option(64, 'side of the square pictures in pixels', choices=(32, 64, 128, 256))
@@ -130,7 +161,7 @@ class ModelConfig(Config):
     attention: bool = option(False, 'self-attention at 32 x 32 in the down paths and at 64 x 64 in the up path of G')
     maximum_channels: int = option(512, 'no block is wider', 8, 2048)
 
-# %% ../nbs/01_ground/01_config.ipynb #0680de15
+# %% ../nbs/01_ground/01_config.ipynb #dcaf300a
 @dataclass(frozen=True)
 class LossConfig(Config):
     "Weights of the generator's losses; zero = not computed."
@@ -157,7 +188,7 @@ class LossConfig(Config):
         "Whether a discriminator is built and trained."
         return self.adversarial > 0
 
-# %% ../nbs/01_ground/01_config.ipynb #d8964b2b
+# %% ../nbs/01_ground/01_config.ipynb #dd905b87
 @dataclass(frozen=True)
 class MetaLearningConfig(Config):
     "Meta-learning: model, losses, episodes, optimisation, and what is logged."
@@ -189,7 +220,7 @@ class MetaLearningConfig(Config):
 
 FREE_ON_RESUME = ('threads', 'device', 'log_every', 'sample_every', 'checkpoint_every', 'keep_checkpoints')  # options a resumed run may change
 
-# %% ../nbs/01_ground/01_config.ipynb #42fa3984
+# %% ../nbs/01_ground/01_config.ipynb #acca7890
 @dataclass(frozen=True)
 class FineTuneConfig(PhotosConfig):
     "Fine-tuning on the T photos of one person."
@@ -218,7 +249,7 @@ class ReenactConfig(PhotosConfig):
     threads: int = option(0, 'CPU threads; 0 = torch\'s own choice', 0, 1024)
     device: str = option('auto', 'auto, cpu, cuda or cuda:N')
 
-# %% ../nbs/01_ground/01_config.ipynb #41dcd6ae
+# %% ../nbs/01_ground/01_config.ipynb #9e65254e
 PRESETS: dict[str, MetaLearningConfig] = {
     'tiny': MetaLearningConfig(),
     'small': MetaLearningConfig(
@@ -245,7 +276,7 @@ def preset(name: str, **changes: Any) -> MetaLearningConfig:
     if name not in PRESETS: raise ConfigError(f'preset {name!r}: choose one of {", ".join(PRESETS)}')
     return PRESETS[name].replace(**changes)
 
-# %% ../nbs/01_ground/01_config.ipynb #dd905b87
+# %% ../nbs/01_ground/01_config.ipynb #ce9b5cbb
 def describe(config: Config | type[Config]) -> str:
     "A Markdown table of a config's options: name, value (or default), allowed values, help."
     rows = ['| option | value | allowed | meaning |', '|---|---|---|---|']

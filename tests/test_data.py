@@ -267,3 +267,34 @@ def test_a_face_that_is_not_there_is_a_rejection_and_a_bad_word_an_error(videos,
     report = preprocess([videos/'syn01/syn01_c0.mp4'], tmp_path/'out', config)
     assert report.clips == 0 and report.rejected_files == {'the chosen face is not there': 1}
     with pytest.raises(ConfigError, match='face'): preprocess([videos], tmp_path/'other', config.replace(face='left'))
+
+
+@pytest.mark.filterwarnings('ignore:This DataLoader will create:UserWarning')      # four workers on two cores, on purpose
+def test_batches_are_the_same_for_any_number_of_workers(shards):
+    "Processes share the steps among them; a damaged clip is one sentence from any of them."
+    import torch
+    from talking_face.data.episodes import stream_batches
+    sampler = EpisodeSampler(shards, ModelConfig(image_size=32), 2, 2, (1, 4), cache_bytes=500_000)
+    alone = list(stream_batches(sampler, 3, 12))
+    for workers in (1, 4):
+        for one, other in zip(alone, stream_batches(sampler, 3, 12, workers), strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(one[:5], other[:5])) and one[5:] == other[5:]
+
+def test_a_damaged_clip_is_one_sentence_from_a_worker(shards, tmp_path):
+    from talking_face.data.episodes import stream_batches
+    copy = Path(shutil.copytree(shards, tmp_path/'copy'))
+    sampler = EpisodeSampler(copy, ModelConfig(image_size=32), 6, 2, (1,))
+    for tar in copy.glob('*.tar'): os.truncate(tar, 2000)
+    for workers in (0, 1):
+        with pytest.raises(DataError) as caught: list(stream_batches(sampler, 0, 4, workers))
+        assert '.tar' in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+def test_the_loader_needs_no_more_memory_the_longer_it_runs(shards):
+    "Room for a tenth of the frames: 160 batches later (2,500 frames, of which 40 fit) nothing more is held."
+    def resident() -> int: return int(Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+    if not Path('/proc/self/statm').exists(): pytest.skip('this system does not tell')
+    sampler = EpisodeSampler(shards, ModelConfig(image_size=32), 2, 2, (4,), cache_bytes=500_000)
+    for step in range(40): sampler.batch(step)
+    before = resident()
+    for step in range(40, 200): sampler.batch(step)
+    assert sampler._cache.used <= 500_000 and resident() - before < 8_000_000

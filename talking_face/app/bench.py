@@ -16,8 +16,8 @@ import torch
 from ..config import PRESETS, MetaLearningConfig, PreprocessConfig
 
 # %% auto #0
-__all__ = ['Result', 'take_turns', 'bench_drawing', 'bench_generator', 'bench_training', 'bench_preprocessing', 'table',
-           'print_bench']
+__all__ = ['Result', 'take_turns', 'bench_drawing', 'bench_generator', 'bench_training', 'bench_loader', 'bench_preprocessing',
+           'bench_stages', 'stage_table', 'table', 'print_bench']
 
 # %% ../../nbs/11_app/04_bench.ipynb #b8f26502
 class Result(NamedTuple):
@@ -102,17 +102,72 @@ def bench_training(shards: Path, seconds: float = 6.0) -> Result:
     tiny = PRESETS['tiny']
     return Result('meta-learning step, tiny, 2 clips x 4 targets, K = 4, bf16', *_pair(take_turns([learner(tiny), learner(tiny.replace(precision='fp32'))], seconds), 'float32'))
 
-def bench_preprocessing(source: Path, folder: Path) -> list[Result]:
-    "Frames per second from mp4 to shards: one process, and two."
+def bench_loader(shards: Path, seconds: float = 4.0) -> Result:
+    "Pictures per second that one core draws (decoded, moved, coloured, with landmark drawings) against those that the tiny preset's training uses."
+    from talking_face.data.episodes import EpisodeSampler
+    from talking_face.few_shot.meta_learning import FewShotLearner
+    tiny, step, counter = PRESETS['tiny'], iter(range(10**9)), iter(range(10**9))
+    sampler = EpisodeSampler(shards, tiny.model, tiny.clips, tiny.targets, (4,), tiny.augment, tiny.seed)
+    system, batch = FewShotLearner(tiny, sampler), sampler.batch(0)
+    for number in range(20): sampler.batch(number)  # a first look at most frames
+    times = take_turns([lambda: sampler.batch(next(counter)), lambda: system.step(batch)], seconds)
+    return Result('training pictures drawn by one core, tiny', *_pair(times, 'used by training, all threads'), 'frames/s', tiny.clips * (4 + tiny.targets))
+
+def bench_preprocessing(source: Path, folder: Path) -> Result:
+    "Frames per second from mp4 to shards of 256 px: two processes against one."
     from talking_face.data.preprocessing import preprocess
-    times = []
-    preprocess([source], folder/'warm', PreprocessConfig(size=128, detector='dlib'))  # files are read and models loaded once before anything is timed
+    times, config = [], PreprocessConfig(size=256, detector='dlib')
+    preprocess([next(source.rglob('*.mp4'))], folder/'warm', config)  # models loaded, libraries imported before anything is timed
     for jobs in (1, 2):
         start = time.perf_counter()
-        report = preprocess([source], folder/f'shards{jobs}', PreprocessConfig(size=128, detector='dlib', jobs=jobs))
+        report = preprocess([source], folder/f'shards{jobs}', config.replace(jobs=jobs))
         times.append(time.perf_counter() - start)
-    return [Result(f'preprocess {report.clips} clips, 256 px source, dlib, 2 processes', times[1], '1 process', times[0], 'frames/s', report.frames)]
+    return Result(f'preprocess {report.clips} clips, 256 px, dlib, 2 processes', times[1], '1 process', times[0], 'frames/s', report.frames)
 
+# %% ../../nbs/11_app/04_bench.ipynb #ae491b21
+def bench_stages(path: Path) -> dict[str, float]:
+    "Milliseconds of processor time per frame that each stage of preprocessing takes for one video with sound, dlib, 256 px."
+    from talking_face.data.clip_making import ClipMaker, open_film, process_source
+    from talking_face.data.report_card import card_frames, face_extent, report_card
+    from talking_face.data.scenes import number_scenes
+    from talking_face.data.shard_writing import encode_clip, encode_frame, encode_sound, pack_sample
+    from talking_face.data.sources import find_sources
+    from talking_face.signals.audio import log_mel_spectrogram
+    from talking_face.signals.detectors import make_detector
+    from talking_face.signals.geometry import clip_crop, transform_points, warp_image
+    from talking_face.signals.landmarks import follow_face
+    from talking_face.signals.sound import read_audio
+    film, sound, stages = open_film(find_sources([path])[0]), read_audio(path), {}
+    def timed(stage: str, call: Callable[[], object], times: int = 1) -> object:
+        call()  # libraries are imported, memory is there
+        start = time.process_time()
+        result = call()
+        stages[stage] = stages.get(stage, 0) + 1000 * times * (time.process_time() - start) / (film.end - film.first)
+        return result
+    detector, images = make_detector('dlib'), timed('decode, twice', lambda: list(film.frames()), 2)
+    timed('cuts', lambda: list(number_scenes(images)))
+    faces = timed('follow the face, 68 points', lambda: list(follow_face(images, detector)))
+    seen, points = [image for image, face in zip(images, faces) if face.score], np.stack([face.landmarks for face in faces if face.score])
+    crop = clip_crop(points, 1.5)
+    squares = timed('crop', lambda: [warp_image(image, crop.matrix(256), 256) for image in seen])
+    jpegs, stored = timed('JPEG', lambda: [encode_frame(square) for square in squares]), transform_points(points, crop.matrix(256)).astype(np.float32)
+    flac = timed('sound', lambda: (read_audio(path), encode_sound(sound))[1])
+    timed('mel', lambda: log_mel_spectrogram(sound))
+    looked_at, places = [squares[index] for index in card_frames(len(squares))], np.arange(len(squares))
+    timed('report card, its mel included', lambda: report_card(looked_at, stored, face_extent(points), sound, film.info.fps, len(squares), places))
+    timed('pack', lambda: pack_sample('clip', encode_clip({}, stored, np.ones(len(stored), np.float32), jpegs, flac)))
+    with tempfile.TemporaryDirectory() as folder:
+        maker = ClipMaker(PreprocessConfig(size=256), detector, None, Path(folder))
+        whole, stages = stages, {}
+        timed('all together, as preprocessing does it', lambda: process_source(maker, film.source))
+    return whole | stages
+
+def stage_table(stages: dict[str, float]) -> str:
+    "The stages as Markdown; shares are of the last row."
+    total = list(stages.values())[-1]
+    return '\n'.join(['| stage of preprocessing | ms per frame | share |', '|---|---|---|', *(f'| {name} | {value:.2f} | {100 * value / total:.0f} % |' for name, value in stages.items())])
+
+# %% ../../nbs/11_app/04_bench.ipynb #3e511165
 def table(rows: list[Result]) -> str:
     "The bench as a Markdown table."
     return '\n'.join(['| what | ours | against | theirs | ratio |', '|---|---|---|---|---|', *(row.text() for row in rows)])
@@ -121,13 +176,16 @@ def print_bench() -> None:
     "Measure everything and print one table (make bench)."
     from talking_face.app.walkthrough import repository
     from talking_face.core import best_thread_count
+    from talking_face.data.preprocessing import preprocess
     threads, _ = best_thread_count(lambda: torch.nn.functional.conv2d(torch.randn(8, 64, 64, 64), torch.randn(64, 64, 3, 3), padding=1))
     print(f'{os.cpu_count()} cores, {threads} threads (the faster of 1 and all, timed now), torch {torch.__version__}\n')
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        rows = bench_drawing() + [bench_generator(preset) for preset in PRESETS]
-        rows += bench_preprocessing(repository()/'data/embedded/clips', folder)
-        rows.append(bench_training(folder/'shards2'))
-    print(table(rows))
+        rows, clips = bench_drawing() + [bench_generator(preset) for preset in PRESETS], repository()/'data/embedded/clips'
+        rows.append(bench_preprocessing(clips, folder))
+        preprocess([clips], folder/'training', PreprocessConfig(size=128, detector='dlib', jobs=os.cpu_count() or 1))
+        rows += [bench_training(folder/'training'), bench_loader(folder/'training')]
+        stages = bench_stages(min(clips.rglob('*.mp4')))
+    print(table(rows), '', stage_table(stages), sep='\n')
 
 if __name__ == '__main__' and '__file__' in globals(): print_bench()  # not in a notebook, whose name is __main__, too

@@ -163,6 +163,8 @@ class ShardWriter:
     def __init__(self, folder: str | os.PathLike, part: str = '', shard_megabytes: float = 256.0):
         self.folder, self.part, self._limit = Path(folder), part, int(shard_megabytes * 1e6)
         self.folder.mkdir(parents=True, exist_ok=True)
+        if (self.folder/'.forgetting.json').exists():   # its rows will be replaced when that is finished: what is added now could be lost
+            raise DataError(f'{folder}: somebody is being removed from it, or that was interrupted; finish it with: talking-face forget')
         self._log = CommitLog(self.folder/f'finished{part}.jsonl')
         try:
             self._files = _OpenFiles(self.folder, part, self._log.last)

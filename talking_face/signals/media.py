@@ -293,50 +293,68 @@ def checked_rate(fps: Fraction | float) -> Fraction:
     if isinstance(fps, float): return next((rate for rate in _COMMON_RATES if abs(fps - rate) < 0.004), Fraction(fps).limit_denominator(1001))
     return Fraction(fps)
 
-def _decoded_frames(timeline: Timeline) -> Iterator[VideoFrame]:
-    "Decode the frames that `timeline` counted, upright, in RGB; MediaError if one is missing or damaged."
-    info, reformatter, count, time_s = timeline.info, VideoReformatter(), 0, Fraction(-1)
+def _decoded_frames(timeline: Timeline, start_s: Fraction, end_s: Fraction, jump: bool = True) -> Iterator[tuple[av.VideoFrame, tuple[int, int], Fraction]]:
+    "Decode the frames that `timeline` counted, each with its size (square pixels) and time, from `start_s` or a little before; MediaError if one of them is missing."
+    info, count, time_s = timeline.info, 0, Fraction(-1)
     with open_container(info.path) as container:
         stream = _video_stream(container, info.path)
         stream.thread_type = 'AUTO'
+        jumped = jump and start_s > _WORTH_A_JUMP_S and container.format.name.startswith('mov,')  # only the index of an MP4 can be trusted
+        if jumped: container.seek(int((start_s + timeline.start_s) / stream.time_base), stream=stream)  # to the last key frame before that
         for frame in container.decode(stream):
             own_time_s = None if frame.pts is None else frame.pts * stream.time_base - timeline.start_s
             if own_time_s is not None and own_time_s < 0: continue
+            if jumped and time_s < 0:
+                if own_time_s is None or own_time_s > start_s: break  # its index is ordered by decoding: the key frame is shown too late
+                count = round(own_time_s * info.fps)
             if not info.variable_rate: time_s = count / info.fps
             else: time_s = max(time_s + stream.time_base, time_s + 1 / info.fps if own_time_s is None else own_time_s)  # equal stamps are moved apart
-            swapped, flip_x, flip_y = _orientation(frame)
-            width, height = _shown_size(frame, stream)
-            if frame.is_corrupt or ((height, width) if swapped else (width, height)) != (info.width, info.height):
-                raise MediaError(f'{info.path}: is damaged or changes its size at {float(time_s):.2f} s; convert it with: ffmpeg -i IN OUT.mp4')
-            matrix = Colorspace.ITU709 if frame.colorspace == 2 and frame.height >= 720 else None  # 2: the stream does not say
-            image = reformatter.reformat(frame, width, height, 'rgb24', src_colorspace=matrix, dst_color_range=ColorRange.JPEG,
-                                         interpolation=EXACT_SCALING).to_ndarray()
-            if swapped: image = image.transpose(1, 0, 2)
-            yield VideoFrame(np.ascontiguousarray(image[::-1 if flip_y else 1, ::-1 if flip_x else 1]), time_s)
+            if time_s >= end_s: return
+            yield frame, _shown_size(frame, stream), time_s
             count += 1
-    if count != info.frame_count:
+    if jumped and time_s < 0: yield from _decoded_frames(timeline, start_s, end_s, jump=False)
+    elif count != info.frame_count and not (jumped and info.variable_rate):
         raise MediaError(f'{info.path}: only {count} of {info.frame_count} frames can be decoded; copy it again, or try: ffmpeg -i IN OUT.mp4')
 
-def _resampled(frames: Iterator[VideoFrame], fps: Fraction, duration_s: Fraction) -> Iterator[VideoFrame]:
-    "At every time k / fps before the end: the latest frame that has appeared."
-    index, shown = 0, None
+_WORTH_A_JUMP_S = 2   # earlier than that, decoding what comes before costs less than opening the file in the middle
+
+def _shown_frame(frame: av.VideoFrame, size: tuple[int, int], time_s: Fraction, info: VideoInfo, reformatter: VideoReformatter) -> VideoFrame:
+    "A decoded frame upright, in RGB; `size`: (width, height) before turning, with square pixels. MediaError if it is damaged."
+    swapped, flip_x, flip_y = _orientation(frame)
+    width, height = size
+    if frame.is_corrupt or ((height, width) if swapped else (width, height)) != (info.width, info.height):
+        raise MediaError(f'{info.path}: is damaged or changes its size at {float(time_s):.2f} s; convert it with: ffmpeg -i IN OUT.mp4')
+    matrix = Colorspace.ITU709 if frame.colorspace == 2 and frame.height >= 720 else None  # 2: the stream does not say
+    image = reformatter.reformat(frame, width, height, 'rgb24', src_colorspace=matrix, dst_color_range=ColorRange.JPEG, interpolation=EXACT_SCALING).to_ndarray()
+    if swapped: image = image.transpose(1, 0, 2)
+    return VideoFrame(np.ascontiguousarray(image[::-1 if flip_y else 1, ::-1 if flip_x else 1]), time_s)
+
+def _resampled(frames: Iterator[VideoFrame], fps: Fraction, start_s: Fraction, end_s: Fraction) -> Iterator[VideoFrame]:
+    "At every time k / fps with start_s <= k / fps < end_s: the latest frame that has appeared."
+    index, shown = math.ceil(start_s * fps), None
     for frame in frames:
-        while shown is not None and index / fps < frame.time_s:
+        while shown is not None and index / fps < min(frame.time_s, end_s):
             yield VideoFrame(shown.image, index / fps); index += 1
         shown = frame
-    while index / fps < duration_s:
+    while shown is not None and index / fps < end_s:
         yield VideoFrame(shown.image, index / fps); index += 1
 
 # %% ../../nbs/02_signals/00_media.ipynb #71581f2e
-def iterate_video(path: str | os.PathLike, fps: Fraction | float | None = None) -> Iterator[VideoFrame]:
+def iterate_video(path: str | os.PathLike, fps: Fraction | float | None = None, start_s: Fraction | float = 0,
+                  end_s: Fraction | float | None = None) -> Iterator[VideoFrame]:
     """Stream the frames of a video in the order of showing; the memory does not grow with its length.
 
     `fps`: None gives every frame with its own time; a rate gives the frames seen at the times k / fps.
+    `start_s`, `end_s`: only the frames with start_s <= time < end_s, counted from the video's first one; in an MP4 what comes before is jumped over.
     The whole file is checked before the first frame: MediaError as `probe_video`, and later if a frame cannot be decoded.
     """
-    timeline = video_timeline(path)
-    frames = _decoded_frames(timeline)
-    return frames if fps is None else _resampled(frames, checked_rate(fps), timeline.info.frame_count / timeline.info.fps)
+    timeline, reformatter = video_timeline(path), VideoReformatter()
+    info, start_s = timeline.info, Fraction(start_s)
+    end_s = info.frame_count / info.fps if end_s is None else min(Fraction(end_s), info.frame_count / info.fps)
+    last_s = end_s if end_s < info.frame_count / info.fps else Fraction(2**62)  # stamps of a variable rate may reach beyond the mean's end
+    decoded = _decoded_frames(timeline, start_s, last_s)
+    if fps is None: return (_shown_frame(frame, size, time_s, info, reformatter) for frame, size, time_s in decoded if time_s >= start_s)
+    return _resampled((_shown_frame(*row, info, reformatter) for row in decoded), checked_rate(fps), start_s, end_s)
 
 def read_video(path: str | os.PathLike, fps: Fraction | float | None = None, maximum_frames: int | None = None) -> np.ndarray:
     "The frames of a *short* video at once, `(T, H, W, 3)` uint8 RGB; at most `maximum_frames` of them. For more, use `iterate_video`."

@@ -18,7 +18,8 @@ from ..core import MediaError, atomic_path
 from .media import announced_end_s, moving_streams, open_container, video_timeline
 
 # %% auto #0
-__all__ = ['MAXIMUM_GAP_S', 'AUDIO_TOLERANCE_S', 'SoundTrack', 'open_sound', 'sound_blocks', 'read_audio', 'write_audio']
+__all__ = ['MAXIMUM_GAP_S', 'AUDIO_TOLERANCE_S', 'SoundTrack', 'open_sound', 'sound_blocks', 'iterate_audio', 'read_audio',
+           'write_audio']
 
 # %% ../../nbs/02_signals/01_sound.ipynb #b056738e
 MAXIMUM_GAP_S = 600  # a longer hole in the sound is a broken time stamp, not a pause
@@ -69,30 +70,34 @@ def sound_blocks(sound: SoundTrack, path: str | os.PathLike) -> Iterator[np.ndar
         if block.shape[1]: yield block
 
 # %% ../../nbs/02_signals/01_sound.ipynb #8e63b70c
-def read_audio(path: str | os.PathLike, sample_rate_hz: int = 16000) -> np.ndarray:
-    """The sound of a video or sound file, float32 `(S,)` in [-1, 1], mono, sample 0 at the video's first picture.
+def iterate_audio(path: str | os.PathLike, sample_rate_hz: int = 16000) -> Iterator[np.ndarray]:
+    """Stream the sound of a video or sound file: blocks of float32 `(N,)` in [-1, 1], mono, the first sample at the video's first picture.
 
     The end is the sound track's own: it can be shorter or longer than the video. Source of the resampler: soxr, high quality.
-    Raises MediaError: no sound, cut off, damaged.
+    Raises MediaError: no sound, cut off, damaged; that can be after the first blocks.
     """
     import soxr
     with open_sound(path) as sound:
         rate = sound.stream.codec_context.sample_rate
-        pieces, count, resampler = [], 0, None
+        held, count, resampler = np.zeros(0, np.float32), 0, None
+        keep = round(AUDIO_TOLERANCE_S * sample_rate_hz)  # of the end it is not known yet whether it belongs to the sound
         for block in sound_blocks(sound, path):
             rate = sound.stream.codec_context.sample_rate  # some codecs (HE-AAC) only tell it when decoding
             resampler = resampler or soxr.ResampleStream(rate, sample_rate_hz, 1, dtype='float32', quality='HQ')
-            pieces.append(resampler.resample_chunk(np.ascontiguousarray(block.mean(0))))
+            held = np.concatenate([held, np.clip(resampler.resample_chunk(np.ascontiguousarray(block.mean(0))), -1, 1)])
             count += block.shape[1]
+            if len(held) > keep: yield held[:-keep]; held = held[-keep:]
         if count == 0: raise MediaError(f'{path}: its sound track is empty; choose a file with speech')
-        pieces.append(resampler.resample_chunk(np.zeros(0, np.float32), last=True))
+        held = np.concatenate([held, np.clip(resampler.resample_chunk(np.zeros(0, np.float32), last=True), -1, 1)])
         exact = sound.container.format.name in ('flac', 'mov,mp4,m4a,3gp,3g2,mj2')  # formats whose headers can be trusted
         promised = announced_end_s(sound.stream) if exact else None
-    samples = np.clip(np.concatenate(pieces), -1, 1)
-    if promised is None: return samples
-    excess_s = Fraction(count, rate) - (promised - sound.start_s)
+        excess_s = Fraction(0) if promised is None else Fraction(count, rate) - (promised - sound.start_s)
     if excess_s < -AUDIO_TOLERANCE_S: raise MediaError(f'{path}: is cut off: only {count / rate:.2f} s of sound are there; copy or download it again')
-    return samples[:len(samples) - round(excess_s * sample_rate_hz)] if 0 < excess_s < AUDIO_TOLERANCE_S else samples  # AAC comes in whole packets
+    yield held[:len(held) - round(excess_s * sample_rate_hz)] if 0 < excess_s < AUDIO_TOLERANCE_S else held  # AAC comes in whole packets
+
+def read_audio(path: str | os.PathLike, sample_rate_hz: int = 16000) -> np.ndarray:
+    "The whole sound of a video or sound file, `(S,)`, as `iterate_audio` gives it; an hour takes 230 MB at 16 kHz."
+    return np.concatenate(list(iterate_audio(path, sample_rate_hz)))
 
 # %% ../../nbs/02_signals/01_sound.ipynb #c76b992c
 def write_audio(path: str | os.PathLike, samples: np.ndarray, sample_rate_hz: int) -> Path:
