@@ -211,6 +211,7 @@ class MetaLearningConfig(Config):
     clip_norm: float = option(1.0, 'largest gradient norm of E and G; 0 = no clipping', 0)
     ema: float = option(0.997, 'decay of the moving average of E and G that is used for pictures; 0 = off', 0, 0.99999)
     precision: str = option('bf16', 'arithmetic of convolutions (bf16 where the device has it, else fp32); statistics, losses and weights stay fp32', choices=('fp32', 'bf16'))
+    workers: int = option(0, 'processes that draw batches ahead, for a GPU or many cores; the batches do not depend on it', 0, 64)
     threads: int = option(0, 'CPU threads; 0 = time a few steps and take the best', 0, 1024)
     device: str = option('auto', 'auto, cpu, cuda or cuda:N')
     log_every: int = option(50, 'steps between lines in metrics.jsonl', 1)
@@ -218,7 +219,7 @@ class MetaLearningConfig(Config):
     checkpoint_every: int = option(500, 'steps between checkpoints', 1)
     keep_checkpoints: int = option(2, 'how many of the latest checkpoints are kept', 1)
 
-FREE_ON_RESUME = ('threads', 'device', 'log_every', 'sample_every', 'checkpoint_every', 'keep_checkpoints')  # options a resumed run may change
+FREE_ON_RESUME = ('threads', 'workers', 'device', 'log_every', 'sample_every', 'checkpoint_every', 'keep_checkpoints')  # options a resumed run may change
 
 # %% ../nbs/01_ground/01_config.ipynb #acca7890
 @dataclass(frozen=True)

@@ -192,7 +192,7 @@ def embedded() -> tuple[list[np.ndarray], list[np.ndarray]]:
     for path in sorted((ROOT/'data'/'embedded'/'clips').glob('*/*_c0.mp4')):
         frames += frames_of(path, (5,))
         landmarks.append(np.round(np.load(path.with_suffix('.npz'))['landmarks'][5]))
-    assert len(frames) == 12
+    assert len(frames) == 24
     return frames, landmarks
 
 @needs_dlib

@@ -15,7 +15,7 @@ EMBEDDED, SHARED = Path('data/embedded/clips'), Path('../shared/data')
 NAMES = [f'syn{i:02d}' for i in range(1, 13)]
 
 
-def embedded(name: str) -> np.ndarray: return np.load(EMBEDDED/name[:5]/f'{name}.npz')['landmarks'] - 0.5
+def embedded(name: str) -> np.ndarray: return np.load(EMBEDDED/name[:5]/f'{name}.npz')['landmarks']
 
 
 def turned(degrees: float, scale: float, shift=(0., 0.)) -> np.ndarray:

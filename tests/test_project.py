@@ -338,7 +338,7 @@ def test_commands_of_the_readme_exist():
 
 def test_options_of_the_readme_exist():
     helps = ''.join(subprocess.run([BIN/'talking-face', verb, '--help'], capture_output=True, text=True, check=True).stdout
-                    for verb in ('synthesize', 'import', 'preprocess', 'select', 'forget', 'train', 'fine-tune', 'reenact'))
+                    for verb in ('synthesize', 'import', 'download', 'preprocess', 'select', 'forget', 'report', 'train', 'fine-tune', 'reenact'))
     known = set(re.findall(r'--[a-z][\w.-]*', helps))
     named = {option for words in commands('talking-face') for option in words if option.startswith('--')}
     named |= {option for code in re.findall(r'`([^`\n]+)`', README.read_text()) if not code.startswith(('papermill', 'pip')) for option in re.findall(r'--[a-z][\w.-]*', code)}

@@ -176,6 +176,14 @@ def test_the_seed_decides_everything(workshop, references, tmp_path):
     assert trained and not any(np.array_equal(mine[name], other[name]) for name in trained)
 
 
+def test_workers_that_draw_ahead_change_nothing(workshop, references, tmp_path):
+    job = Job(tmp_path/'log', *command(workshop.shards, tmp_path/'run', '--workers', 2, *ADVERSARIAL))
+    assert job.outcome().code == 0
+    name = f'checkpoints/step-{STEPS:06d}.safetensors'
+    mine, theirs = load_file(tmp_path/'run'/name), load_file(references['adversarial']/name)
+    assert mine.keys() == theirs.keys() and all(np.array_equal(mine[key], theirs[key]) for key in mine)
+
+
 # ---- collapse ----
 
 @pytest.mark.parametrize('options, words', [

@@ -16,20 +16,26 @@ from ..core import DataError, write_json
 from ..data.episodes import frame_view
 from ..data.photos import Photos, photos_from_shards
 from ..data.preprocessing import preprocess
-from ..data.shards import Manifest, open_clip, read_manifest
+from ..data.shards import ClipRecord, Manifest, open_clip, read_manifest
 from ..runs import Progress, execute
 
 # %% auto #0
-__all__ = ['SHOTS', 'HALF', 'repository', 'TestClip', 'test_clips', 'write_part', 'run_stages', 'judge_people', 'walkthrough']
+__all__ = ['SHOTS', 'HALF', 'TEST_PEOPLE', 'repository', 'TestClip', 'test_clips', 'write_part', 'run_stages', 'judge_people',
+           'walkthrough']
 
 # %% ../../nbs/11_app/01_walkthrough.ipynb #4560a90b
 SHOTS, HALF = 8, 37   # T, and the first frame that is not used for fine-tuning (of 75)
+TEST_PEOPLE = 2       # fine-tuning and judging take two minutes a person
 
 def repository() -> Path:
     "The folder of the repository: the one that holds the notebooks and the embedded corpus, upwards from the working folder."
     for folder in (Path.cwd(), *Path.cwd().parents):
         if (folder/'nbs/runs').is_dir() and (folder/'data/embedded/manifest.csv').is_file(): return folder
     raise DataError(f'{Path.cwd()}: is not in a checkout of talking_face (no nbs/runs and data/embedded above); run this from the repository')
+
+def _first_of_each(records: Manifest) -> list[ClipRecord]:
+    "The first clip of each of the first `TEST_PEOPLE` identities."
+    return [records.select(identities=[identity]).records[0] for identity in records.identities[:TEST_PEOPLE]]
 
 class TestClip(NamedTuple):
     "A clip of a test person at the network's size, and its eight photos at the stored size."
@@ -40,11 +46,9 @@ class TestClip(NamedTuple):
     photos: Photos
 
 def test_clips(shards: Path, size: int, margin: float = 1.5) -> list[TestClip]:
-    "The first clip of every test person."
-    clips, seen = [], set()
-    for record in read_manifest(shards).select(split='test'):
-        if record.identity in seen: continue
-        seen.add(record.identity)
+    "The first clip of each of the first test people."
+    clips = []
+    for record in _first_of_each(read_manifest(shards).select(split='test')):
         clip = open_clip(record)
         if clip.positions.tolist() != list(range(record.frames)): raise DataError(f'{shards}: clip {record.key} has frames without a face, which the protocol does not allow')
         images, landmarks = zip(*(frame_view(clip.frame(index), clip.landmarks[index], size) for index in range(record.frames)))
@@ -74,7 +78,7 @@ def write_part(source: Path, out: Path, first: int) -> Path:
 def run_stages(out: Path, root: Path, steps: int, seed: int) -> tuple[Path, Path, dict[str, Path]]:
     "Preprocess, meta-learn, fine-tune every test person, reenact. Returns shards, run and the persons by identity."
     shards, run, corpus = out/'shards', out/'run', root/'data/embedded'
-    with Progress('preprocessing', 24) as progress:
+    with Progress('preprocessing', 1) as progress:
         def show(done: int, total: int, message: str = '') -> None: progress.total = total; progress(done)
         config = PreprocessConfig(size=128, detector='dlib', jobs=min(2, os.cpu_count() or 1), identities=str(corpus/'manifest.csv'))
         report = preprocess([corpus/'clips'], shards, config, show)
@@ -94,10 +98,6 @@ def run_stages(out: Path, root: Path, steps: int, seed: int) -> tuple[Path, Path
                 out=str(out/f'reenactment_{name}.mp4'), side_by_side=name == 'cross', detector='dlib')
         _say(f'reenacted {first} with {driving.name}: {out/f"reenactment_{name}.mp4"}')
     return shards, run, people
-
-def _first_of_each(records: Manifest) -> list:
-    "The first clip of every identity."
-    return list({record.identity: record for record in reversed(records.records)}.values())[::-1]
 
 def _say(text: str) -> None:
     print(f'[{time.strftime("%H:%M:%S")}] {text}', file=sys.stderr, flush=True)
@@ -128,7 +128,7 @@ def walkthrough(out: str | os.PathLike = 'artifacts/demo', steps: int = preset('
     import shutil
     from talking_face.evaluation.protocols import TINY_PROMISES, figures_table, promises_table, write_evaluation
     started, root, out = time.monotonic(), repository(), Path(out).resolve()
-    _say(f'the walk: preprocess 24 clips, {steps} meta-learning steps, fine-tuning on {SHOTS} frames, reenactment, judgement; under 10 minutes on 2 idle cores')
+    _say(f'the walk: preprocess the embedded clips, {steps} meta-learning steps, fine-tuning on {SHOTS} frames, reenactment, judgement; under 10 minutes on 2 idle cores')
     for name, sign in (('run', 'config.json'), ('person', 'person.safetensors')):
         if (out/name/sign).is_file(): shutil.rmtree(out/name)  # of an earlier walk
         elif (out/name).exists(): raise DataError(f'{out/name}: is in the way and was not made by an earlier walk; give another --out')

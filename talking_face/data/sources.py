@@ -282,12 +282,9 @@ def read_note(path: Path) -> dict[str, str]:
     return {name: str(note[name]) for name in ('consent', 'licence', 'note') if name in note}
 
 def landmarks_beside(path: Path) -> np.ndarray:
-    """The points in NAME.npz beside NAME.mp4 (array `landmarks`), as in the embedded corpus.
-
-    That file counts from the corner of the top left pixel, this package from its centre: half a pixel less.
-    """
+    "The points in NAME.npz beside NAME.mp4 (array `landmarks`, pixel centres are whole numbers), as in the embedded corpus."
     file = Path(path).with_suffix('.npz')
     try:
-        with np.load(file, allow_pickle=False) as arrays: return np.float32(arrays['landmarks']) - np.float32(0.5)
+        with np.load(file, allow_pickle=False) as arrays: return np.float32(arrays['landmarks'])
     except FileNotFoundError as error: raise DataError(f'{file}: there is no such file, so no landmarks are known') from error
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error: raise DataError(f'{file}: no array "landmarks" can be read ({error})') from error

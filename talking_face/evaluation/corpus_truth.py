@@ -14,6 +14,7 @@ import numpy as np
 
 from ..core import DataError, write_json
 from ..data.sources import landmarks_beside
+from ..data.synthetic import write_card
 from .metrics import Judge, missing_faces
 from ..signals.landmarks import interocular_distance, mouth_opening
 from ..signals.media import probe_video, read_video
@@ -125,8 +126,9 @@ def judge_corpus(folder: str | os.PathLike, judge: Judge | None = None, every: i
 
 # %% ../../nbs/10_evaluation/03_corpus_truth.ipynb #38d6a1fd
 def write_figures(folder: str | os.PathLike, progress: Callable[[int, int], None] | None = None) -> dict[str, float]:
-    "Judge a corpus, print its table, and leave it beside the corpus as figures.json."
+    "Judge a corpus, print its table, put it into the corpus's card and leave the numbers beside it as figures.json."
     figures = corpus_figures(judge_corpus(folder, progress=progress))
+    write_card(Path(folder), corpus_table(figures))
     write_json(Path(folder)/'figures.json', {name: None if value != value else round(value, 5) for name, value in figures.items()})
     print(corpus_table(figures))
     return figures

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import contextlib, functools, os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from torch import nn
 
 from ..config import FREE_ON_RESUME, LossConfig, MetaLearningConfig
 from ..core import CheckpointError, ConfigError, DataError, pick_device, read_json, seed_everything, tensor_to_frames, write_json
-from ..data.episodes import EpisodeBatch, EpisodeSampler
+from ..data.episodes import EpisodeBatch, EpisodeSampler, stream_batches
 from ..data.shards import Manifest, open_clip
 from .discriminator import Discriminator
 from .embedders import Embedder, mean_embedding
@@ -115,6 +115,7 @@ class FewShotLearner:
                             margin=open_clip(sampler.records[0]).info['margin'], data=Manifest(Path(), tuple(sampler.records)).sha256)
 
     def batch(self, step: int) -> EpisodeBatch: return self.sampler.batch(step)  # depends on seed and step only
+    def stream(self, first: int, last: int, workers: int) -> Iterator[EpisodeBatch]: return stream_batches(self.sampler, first, last, workers)
 
     def step(self, batch: EpisodeBatch) -> dict[str, float]:
         "One update of E and G, then `discriminator_steps` of D; returns the figures to log."

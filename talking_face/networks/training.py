@@ -5,7 +5,7 @@
 # %% ../../nbs/04_networks/05_training.ipynb #7cc0c793
 from __future__ import annotations
 
-import copy, errno, json, math, os, re
+import contextlib, copy, errno, json, math, os, re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -136,13 +136,14 @@ class System(Protocol):
     averaged: tuple[str, ...]                          # names of modules whose moving average is kept
     optimisers: dict[str, torch.optim.Optimizer]       # base step sizes are read from `initial_lr` of their groups
     def batch(self, step: int) -> Any: "The data of a step; depends on the step number only."
+    def stream(self, first: int, last: int, workers: int) -> Iterator[Any]: "The same for the steps first .. last-1, drawn ahead by `workers` processes; asked for only where there are some."
     def step(self, batch: Any) -> dict[str, float]: "One update; returns named figures."
     def header(self) -> dict[str, Any]: "What the checkpoint must say beside the weights."
     def sample(self, modules: dict[str, nn.Module]) -> np.ndarray: "A picture (H, W, 3) that shows progress, drawn with the averaged modules."
 
 class LoopOptions(Protocol):
     "Options that the loop reads; MetaLearningConfig has them."
-    steps: int; warmup_steps: int; schedule: str; ema: float; threads: int; log_every: int; sample_every: int; checkpoint_every: int; keep_checkpoints: int
+    steps: int; warmup_steps: int; schedule: str; ema: float; threads: int; workers: int; log_every: int; sample_every: int; checkpoint_every: int; keep_checkpoints: int
 
 # %% ../../nbs/04_networks/05_training.ipynb #efd49793
 def checkpoints(run: str | os.PathLike) -> list[Path]:
@@ -256,6 +257,9 @@ class TrainingLoop(Checkpointed):
 
     def batches(self, ahead: bool) -> Iterator[Any]:
         "The data of the remaining steps; with `ahead` drawn one step early in a second thread, which pays only where a core is free for it."
+        if self.options.workers:
+            with contextlib.closing(self.system.stream(self.step, self.options.steps, self.options.workers)) as stream: yield from stream
+            return
         with ThreadPoolExecutor(1) as reader:
             future = None
             for step in range(self.step, self.options.steps):
@@ -276,6 +280,7 @@ class TrainingLoop(Checkpointed):
         with torch.no_grad(): write_image(self.run.path/'samples'/f'step-{self.step:06d}.png', self.system.sample(modules))
         for name, module in modules.items(): module.train(training[name])
 
+# %% ../../nbs/04_networks/05_training.ipynb #3c8bcca5
 def _means(rows: list[dict[str, float]]) -> dict[str, float]:
     "The mean of every figure over the rows that report it."
     return {name: float(np.mean([row[name] for row in rows if name in row])) for name in dict.fromkeys(name for row in rows for name in row)}
