@@ -57,7 +57,7 @@ BAD_DRIVERS = {     # name: (file name, maker, words of the message)
     'sound only': ('song.mp4', lambda path: make_film(path, [], sound=speech(1)), ['sound but no video']),
     'cut in the middle': ('cut.mp4', lambda path: cut(faststart(path), .6), ['cut off']),
     'cut near the end': ('tail.mp4', lambda path: cut(faststart(path), .97), ['cut off']),
-    'cut before its index': ('half.mp4', lambda path: bytes_of(path, clip('syn01').read_bytes()[:60_000]), ['damaged']),
+    'cut before its index': ('half.mp4', lambda path: bytes_of(path, clip('syn01').read_bytes()[:40_000]), ['damaged']),
     'zero bytes': ('zero.mp4', lambda path: bytes_of(path, b''), ['0 bytes']),
     'text': ('story.mp4', lambda path: bytes_of(path, b'Once upon a time ' * 500), ['not a video']),
     'noise': ('noise.mp4', lambda path: bytes_of(path, np.random.default_rng(0).bytes(50_000)), ['not a video']),

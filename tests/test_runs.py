@@ -35,19 +35,20 @@ def pictures(notebook: Path) -> int:
 
 @pytest.fixture(scope='module')
 def way(workshop, tmp_path_factory) -> Path:
-    "A folder in which the three notebooks were executed, one after the other."
+    "A folder in which the notebooks were executed, one after the other."
     folder, lines = tmp_path_factory.mktemp('way'), []
     given = {'meta_learn': dict(shards=str(workshop.shards), out=str(folder/'run'), split='', steps=6, threads=1),
              'fine_tune': dict(run=str(folder/'run'), photos=str(workshop.videos/'syn11'), out=str(folder/'person'), shots=3, epochs=1, end_s=1,
                                threads=1, detector='dlib'),
-             'reenact': dict(person=str(folder/'person'), driving=str(clip('syn01')), out=str(folder/'film.mp4'), side_by_side=True, detector='dlib')}
+             'reenact': dict(person=str(folder/'person'), driving=str(clip('syn01')), out=str(folder/'film.mp4'), side_by_side=True, detector='dlib'),
+             'data_report': dict(data=str(workshop.shards), out=str(folder/'report'))}
     for name, parameters in given.items(): execute(RUNS[name], folder/f'{name}.ipynb', ROOT, callback=lines.append, **parameters)
     (folder/'progress.txt').write_text('\n'.join(lines))
     return folder
 
 
 def test_everything_is_executed_and_kept(way):
-    assert sorted(os.listdir(way)) == ['film.mp4', 'fine_tune.ipynb', 'meta_learn.ipynb', 'person', 'progress.txt', 'reenact.ipynb', 'run']
+    assert sorted(os.listdir(way)) == ['data_report.ipynb', 'film.mp4', 'fine_tune.ipynb', 'meta_learn.ipynb', 'person', 'progress.txt', 'reenact.ipynb', 'report', 'run']
     for name in RUNS:
         cells = [cell for cell in json.loads((way/f'{name}.ipynb').read_text())['cells'] if cell['cell_type'] == 'code']
         assert all(cell['execution_count'] for cell in cells)

@@ -228,25 +228,25 @@ def promises_table(verdicts: Sequence[Verdict]) -> str:
 
 # %% ../../nbs/10_evaluation/02_protocols.ipynb #d7b3638e
 TINY_PROMISES: tuple[Promise, ...] = (
-    Promise('fine_tuned', 'same', 'ssim', '>=', 0.90),
-    Promise('fine_tuned', 'same', 'ssim', '>=', 0.15, other='nearest_frame'),
+    Promise('fine_tuned', 'same', 'ssim', '>=', 0.93),
+    Promise('fine_tuned', 'same', 'ssim', '>=', 0.02, other='nearest_frame'),
     Promise('fine_tuned', 'same', 'ssim', '>=', -0.01, other='warp'),
-    Promise('fine_tuned', 'same', 'ssim', '>=', 0.02, other='scratch'),
-    Promise('fine_tuned', 'same', 'landmarks', '<=', 2.2),
-    Promise('fine_tuned', 'same', 'landmarks_mouth', '<=', 1.7),
-    Promise('fine_tuned', 'same', 'mouth_correlation', '>=', 0.85),
-    Promise('fine_tuned', 'same', 'identity', '<=', 0.32),
+    Promise('fine_tuned', 'same', 'ssim', '>=', 0.008, other='scratch'),
+    Promise('fine_tuned', 'same', 'landmarks', '<=', 1.5),
+    Promise('fine_tuned', 'same', 'landmarks_mouth', '<=', 1.5),
+    Promise('fine_tuned', 'same', 'mouth_correlation', '>=', 0.95),
+    Promise('fine_tuned', 'same', 'identity', '<=', 0.28),
     Promise('fine_tuned', 'same', 'identity', '<=', -0.05, other='scratch'),
     Promise('fine_tuned', 'same', 'sharpness', '>=', other=REAL, share=0.5),
     Promise('fine_tuned', 'same', 'failures', '<=', 2.0),
-    Promise('fine_tuned', 'cross', 'landmarks', '<=', 6.0),
-    Promise('fine_tuned', 'cross', 'landmarks_mouth', '<=', 4.5),
-    Promise('fine_tuned', 'cross', 'mouth_correlation', '>=', 0.85),
-    Promise('fine_tuned', 'cross', 'identity', '<=', 0.32),
+    Promise('fine_tuned', 'cross', 'landmarks', '<=', 2.5),
+    Promise('fine_tuned', 'cross', 'landmarks_mouth', '<=', 2.5),
+    Promise('fine_tuned', 'cross', 'mouth_correlation', '>=', 0.9),
+    Promise('fine_tuned', 'cross', 'identity', '<=', 0.28),
     Promise('fine_tuned', 'cross', 'failures', '<=', 2.0),
     Promise('feed_forward', 'same', 'ssim', '>=', 0.64),
-    Promise('feed_forward', 'same', 'landmarks', '<=', 3.6),
-    Promise('feed_forward', 'same', 'mouth_correlation', '>=', 0.85),
+    Promise('feed_forward', 'same', 'landmarks', '<=', 3.0),
+    Promise('feed_forward', 'same', 'mouth_correlation', '>=', 0.9),
 )
 
 # %% ../../nbs/10_evaluation/02_protocols.ipynb #da45d4e2
