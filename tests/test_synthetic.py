@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from talking_face.config import SynthesisConfig
+from talking_face.core import DataError
 from talking_face.data.head_model import find_head_assets
 from talking_face.data.synthetic import corpus_identity, read_truth, synthesize
 from talking_face.evaluation.corpus_truth import FIGURES, corpus_figures, judge_corpus
@@ -50,7 +51,18 @@ def test_a_kill_costs_only_the_clip_in_work(whole, tmp_path):
     assert done
     corpus = synthesize(out, QUICK)
     assert corpus.rendered == 4 - len(done) and all(path.stat().st_mtime_ns == before for path, before in done.items())
-    assert {name: digest for name, digest in contents(out).items() if 'partial' not in name} == contents(whole)
+    assert contents(out) == contents(whole)
+
+
+@needs_head
+def test_two_calls_do_not_share_a_folder(whole):
+    import fcntl
+    before, handle = contents(whole), os.open(whole, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match='another process'): synthesize(whole, QUICK)
+    finally: os.close(handle)
+    assert synthesize(whole, QUICK).rendered == 0 and contents(whole) == before
 
 
 OTHER_MACHINE = '''

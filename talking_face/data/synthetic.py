@@ -208,6 +208,18 @@ def _render_missing(todo: dict[int, list[int]], config: SynthesisConfig, out: Pa
         finally: pool.shutdown(wait=True, cancel_futures=True)
 
 # %% ../../nbs/03_data/30_synthetic.ipynb #1c54832b
+@contextlib.contextmanager
+def _alone_in(out: Path) -> Iterator[None]:
+    "Hold a folder: two calls that render into it would clean up after each other. A killed call lets go."
+    import fcntl
+    handle = os.open(out, os.O_RDONLY)
+    try:
+        try: fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error: raise DataError(f'{out}: another process renders into this folder; wait for it or choose another folder') from error
+        yield
+    finally: os.close(handle)
+
+# %% ../../nbs/03_data/30_synthetic.ipynb #9017dccf
 class SyntheticCorpus(NamedTuple):
     "What `synthesize` left in a folder."
     folder: Path
@@ -228,20 +240,22 @@ def synthesize(out: str | os.PathLike, config: SynthesisConfig = SynthesisConfig
     if not assets: raise DataError(f'no head assets were found; name their folder with --assets, or put them into data/head_assets: {WHERE}')
     model = load_head_model(assets)  # damaged assets are an error before anything is written
     out.mkdir(parents=True, exist_ok=True)
-    _check_recipe(out, config, model)
-    wanted = {number: [clip for clip in range(config.clips) if not clip_path(out, number, clip).with_suffix('.npz').exists()] for number in range(config.identities)}
-    todo = {number: missing for number, missing in wanted.items() if missing}
-    total = config.identities * config.clips
-    rendered, missing = 0, sum(map(len, todo.values()))
-    with contextlib.closing(_render_missing(todo, config, out, assets, model)) as results:
-        for count in results:
-            rendered += count
-            if progress: progress(total - missing + rendered, total)
-    rows = write_manifest(out)
-    if rendered or not (out/'README.md').exists(): write_card(out)  # without figures that were measured on less
+    with _alone_in(out):
+        _check_recipe(out, config, model)
+        for left in out.rglob('.*.partial*'): left.unlink()  # of a run that was killed
+        wanted = {number: [clip for clip in range(config.clips) if not clip_path(out, number, clip).with_suffix('.npz').exists()] for number in range(config.identities)}
+        todo = {number: missing for number, missing in wanted.items() if missing}
+        total = config.identities * config.clips
+        rendered, missing = 0, sum(map(len, todo.values()))
+        with contextlib.closing(_render_missing(todo, config, out, assets, model)) as results:
+            for count in results:
+                rendered += count
+                if progress: progress(total - missing + rendered, total)
+        rows = write_manifest(out)
+        if rendered or not (out/'README.md').exists(): write_card(out)  # without figures that were measured on less
     return SyntheticCorpus(out, rows, rendered)
 
-# %% ../../nbs/03_data/30_synthetic.ipynb #9017dccf
+# %% ../../nbs/03_data/30_synthetic.ipynb #beba6a0d
 _COLUMNS = ('file', 'identity', 'split', 'width', 'height', 'fps', 'frames', 'seconds', 'has_speech', 'licence', 'text', 'sha256', 'truth_sha256')
 
 def write_manifest(out: Path) -> list[dict[str, Any]]:
@@ -260,7 +274,7 @@ def write_manifest(out: Path) -> list[dict[str, Any]]:
     with atomic_path(out/'SHA256SUMS') as temporary: temporary.write_text(''.join(sums))
     return rows
 
-# %% ../../nbs/03_data/30_synthetic.ipynb #32ba6dd5
+# %% ../../nbs/03_data/30_synthetic.ipynb #19d66d7d
 TRUTH = {
     'landmarks': '(T, 68, 2) float32: iBUG order, pixels, x right, y down; (0, 0) is the *centre* of the top left pixel. Jaw points lie on the visible contour',
     'landmarks_3d': '(T, 68, 3) float32: the same points on the head before it turns; decimetres, x to the person\'s left, y up, z forward',
