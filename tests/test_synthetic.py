@@ -44,10 +44,10 @@ def test_a_kill_costs_only_the_clip_in_work(whole, tmp_path):
     command = [Path(sys.executable).parent/'talking-face', 'synthesize', '--out', str(out), *'--identities 2 --clips 2 --seconds .4 --size 64 --seed 11 --jobs 2'.split()]
     process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not list(out.glob('clips/*/*.npz')) and process.poll() is None and time.monotonic() < deadline: time.sleep(.02)
+    while not list(out.glob('clips/*/[!.]*.npz')) and process.poll() is None and time.monotonic() < deadline: time.sleep(.02)
     if process.poll() is None: os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    done = {path: path.stat().st_mtime_ns for path in out.glob('clips/*/*.npz')}
+    done = {path: path.stat().st_mtime_ns for path in out.glob('clips/*/[!.]*.npz')}
     assert done
     corpus = synthesize(out, QUICK)
     assert corpus.rendered == 4 - len(done) and all(path.stat().st_mtime_ns == before for path, before in done.items())

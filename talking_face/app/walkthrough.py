@@ -128,7 +128,7 @@ def walkthrough(out: str | os.PathLike = 'artifacts/demo', steps: int = preset('
     import shutil
     from talking_face.evaluation.protocols import TINY_PROMISES, figures_table, promises_table, write_evaluation
     started, root, out = time.monotonic(), repository(), Path(out).resolve()
-    _say(f'the walk: preprocess the embedded clips, {steps} meta-learning steps, fine-tuning on {SHOTS} frames, reenactment, judgement; under 10 minutes on 2 idle cores')
+    _say(f'the walk: preprocess the embedded clips, {steps} meta-learning steps, fine-tuning on {SHOTS} frames, reenactment, judgement; about 10 minutes on 2 idle cores')
     for name, sign in (('run', 'config.json'), ('person', 'person.safetensors')):
         if (out/name/sign).is_file(): shutil.rmtree(out/name)  # of an earlier walk
         elif (out/name).exists(): raise DataError(f'{out/name}: is in the way and was not made by an earlier walk; give another --out')

@@ -261,7 +261,7 @@ _COLUMNS = ('file', 'identity', 'split', 'width', 'height', 'fps', 'frames', 'se
 def write_manifest(out: Path) -> list[dict[str, Any]]:
     "List every finished clip in manifest.csv, and every file in SHA256SUMS (check with: sha256sum -c SHA256SUMS). Returns the rows."
     rows = []
-    for path in sorted((out/'clips').glob('*/*.npz')):
+    for path in sorted((out/'clips').glob('*/[!.]*.npz')):
         truth, video = read_truth(path), path.with_suffix('.mp4')
         size, frames = truth.face_mask.shape[-1], len(truth.landmarks)
         rows.append(dict(zip(_COLUMNS, (video.relative_to(out).as_posix(), path.parent.name, identity_split(int(path.parent.name[3:]) - 1), size, size, FPS, frames,
