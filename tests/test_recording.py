@@ -214,3 +214,19 @@ def test_memory_is_flat(tmp_path):
     '''
     short, long = (int(run(code, tmp_path/'clip.mp4', count).stdout) for count in (60, 600))
     assert long - short < 60, (short, long)
+
+
+def test_the_number_of_cores_does_not_change_the_picture(tmp_path):
+    import subprocess, sys
+    code = """
+import os, sys, numpy as np
+os.sched_setaffinity(0, set(list(os.sched_getaffinity(0))[:int(sys.argv[2])]))
+from talking_face.signals.recording import VideoWriter
+generator = np.random.default_rng(0)
+with VideoWriter(sys.argv[1], 25, crf=23) as writer:
+    for frame in range(30): writer.write(np.roll(np.kron(np.arange(64).reshape(8, 8), np.ones((32, 32)))[..., None], frame, 1).repeat(3, 2).astype(np.uint8) * 3
+                                         + generator.integers(0, 12, (256, 256, 3), np.uint8))
+"""
+    if len(os.sched_getaffinity(0)) < 2: pytest.skip('one core only')
+    for cores in (1, 2): subprocess.run([sys.executable, '-c', code, tmp_path/f'{cores}.mp4', str(cores)], check=True, timeout=60)
+    assert (tmp_path/'1.mp4').read_bytes() == (tmp_path/'2.mp4').read_bytes()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from talking_face.config import SynthesisConfig
-from talking_face.core import DataError
+from talking_face.core import DataError, WeightsUnavailable
 from talking_face.data.head_model import find_head_assets
 from talking_face.data.synthetic import corpus_identity, read_truth, synthesize
 from talking_face.evaluation.corpus_truth import FIGURES, corpus_figures, judge_corpus
@@ -63,6 +63,13 @@ def test_two_calls_do_not_share_a_folder(whole):
         with pytest.raises(DataError, match='another process'): synthesize(whole, QUICK)
     finally: os.close(handle)
     assert synthesize(whole, QUICK).rendered == 0 and contents(whole) == before
+
+
+@needs_head
+def test_a_missing_voice_is_an_error_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'espeakng_loader', None)                    # as if the extra were not installed
+    with pytest.raises(WeightsUnavailable, match='synthetic'): synthesize(tmp_path/'out', QUICK)
+    assert not (tmp_path/'out').exists()
 
 
 OTHER_MACHINE = '''

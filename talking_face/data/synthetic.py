@@ -20,6 +20,7 @@ from ..config import SynthesisConfig
 from ..core import ConfigError, DataError, atomic_path, generator_for, read_json, sha256_of, write_json
 from .head_model import HeadModel, find_head_assets, load_head_model
 from .head_shape import Identity, draw_identity
+from .spoken_text import find_espeak
 from ..signals.landmarks import mouth_opening
 from ..signals.recording import VideoWriter
 from ..signals.sound import write_audio
@@ -238,7 +239,7 @@ def synthesize(out: str | os.PathLike, config: SynthesisConfig = SynthesisConfig
     """
     out, assets = Path(out), assets or find_head_assets()
     if not assets: raise DataError(f'no head assets were found; name their folder with --assets, or put them into data/head_assets: {WHERE}')
-    model = load_head_model(assets)  # damaged assets are an error before anything is written
+    model, _ = load_head_model(assets), find_espeak()  # what is missing or damaged is an error before anything is written
     out.mkdir(parents=True, exist_ok=True)
     with _alone_in(out):
         _check_recipe(out, config, model)

@@ -89,6 +89,7 @@ class _Encoding:
         self.stream.height, self.stream.width = (size + size % 2 for size in shape)
         codec = self.stream.codec_context
         codec.pix_fmt, codec.time_base = 'yuv420p', self.tick
+        codec.thread_count = 2  # x264 counts the cores otherwise, and another number of threads gives another picture
         codec.color_range, codec.colorspace, codec.color_primaries, codec.color_trc = 1, 6, 1, 1  # limited, BT.601; sRGB's primaries, video curve
         self.reformatter, self.sound, self.sound_name, self.next_sound = VideoReformatter(), iter(()), '', None
 
