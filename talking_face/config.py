@@ -12,9 +12,9 @@ from typing import Any, get_type_hints
 from .core import ConfigError
 
 # %% auto #0
-__all__ = ['FREE_ON_RESUME', 'PRESETS', 'FINE_TUNE_PRESETS', 'option', 'Config', 'DetectorConfig', 'PhotosConfig',
-           'PreprocessConfig', 'SelectConfig', 'SynthesisConfig', 'ModelConfig', 'LossConfig', 'MetaLearningConfig',
-           'FineTuneConfig', 'ReenactConfig', 'preset', 'describe']
+__all__ = ['FREE_ON_RESUME', 'PRESETS', 'FINE_TUNE_PRESETS', 'PAPER_LOSSES', 'SYSTEMS', 'option', 'Config', 'DetectorConfig',
+           'PhotosConfig', 'PreprocessConfig', 'SelectConfig', 'SynthesisConfig', 'ModelConfig', 'LossConfig',
+           'MetaLearningConfig', 'FineTuneConfig', 'ReenactConfig', 'fine_tune_preset', 'preset', 'describe']
 
 # %% ../nbs/01_ground/01_config.ipynb #81601b15
 def option(default: Any, help: str, minimum: float | None = None, maximum: float | None = None, choices: tuple | None = None) -> Any:
@@ -150,7 +150,7 @@ class ModelConfig(Config):
     palette: str = option('filled-v1', 'how landmarks are drawn; a checkpoint works only with its own palette', choices=('lines-v1', 'filled-v1'))
     embedding_size: int = option(256, 'N, length of an embedding', 8, 4096)
     embedder_width: int = option(16, 'channels after the first down block of E', 4, 256)
-    pooling: str = option('mean', 'pooling over positions at the end of E and D; the paper sums', choices=('sum', 'mean'))
+    pooling: str = option('mean', 'pooling over positions at the end of E and D; the paper sums, published code takes the maximum in E', choices=('sum', 'mean', 'max'))
     generator_width: int = option(32, 'channels after the first down block of G', 4, 256)
     generator_downs: int = option(3, 'down (and up) blocks of G', 1, 6)
     generator_residuals: int = option(3, 'residual blocks of G at its smallest size', 0, 16)
@@ -160,6 +160,22 @@ class ModelConfig(Config):
     spectral_norm: bool = option(False, 'spectral normalisation of every convolution and linear map of E and G')
     attention: bool = option(False, 'self-attention at 32 x 32 in the down paths and at 64 x 64 in the up path of G')
     maximum_channels: int = option(512, 'no block is wider', 8, 2048)
+    details: str = option('ours', 'inside of the blocks: ours, or as published (9 x 9 kernels in G\'s first block, leaky ReLU, biases, instance norm behind the '
+                          'down blocks, bilinear upsampling, AdaIN scales straight from P, sigmoid)', choices=('ours', 'published'))
+    sound: str = option('none', 'what the sound embedder hears: nothing, a window of log-mel, or the 40 ms mel picture of the thesis', choices=('none', 'logmel', 'thesis_mel'))
+    sound_window: float = option(0.32, 'seconds of log-mel around the middle of a frame', 0.04, 2)
+    sound_size: int = option(64, 'length of a sound embedding', 8, 4096)
+    sound_width: int = option(16, 'channels after the first block of the sound embedder', 4, 256)
+
+    @property
+    def hears(self) -> bool:
+        "Whether there is a sound embedder."
+        return self.sound != 'none'
+
+    @property
+    def conditioning_size(self) -> int:
+        "Columns of P: what the generator is told about a person, and about a moment's sound."
+        return self.embedding_size + self.sound_size * self.hears
 
 # %% ../nbs/01_ground/01_config.ipynb #dcaf300a
 @dataclass(frozen=True)
@@ -175,6 +191,9 @@ class LossConfig(Config):
     adversarial: float = option(0.0, 'score term -D(x_hat); the paper has 1', 0)
     feature_matching: float = option(0.0, 'L1 on the discriminator\'s features; the paper has 10', 0)
     match: float = option(0.0, 'L1 between embedding and video vector, gradient to E only; the paper has 80 (v1) or 10 (v2)', 0)
+    sound_match: float = option(0.0, 'L1 between sound embedding and the video\'s sound vector; the thesis\'s audio loss (its weight is unknown, 10 is the match loss\'s)', 0)
+    sync: float = option(0.0, 'contrastive loss: the mouth drawn for a stretch of sound against shifted and foreign sound (not in the papers)', 0)
+    gradient_penalty: float = option(0.0, 'R1 of the discriminator, half of the squared gradient at real frames (not in the papers)', 0)
     vgg19_path: str = option('', 'file with VGG19 weights; empty = torch\'s cache')
     vggface_path: str = option('', 'file with VGGFace weights; empty = torch\'s cache')
 
@@ -211,6 +230,16 @@ class MetaLearningConfig(Config):
     clip_norm: float = option(1.0, 'largest gradient norm of E and G; 0 = no clipping', 0)
     ema: float = option(0.997, 'decay of the moving average of E and G that is used for pictures; 0 = off', 0, 0.99999)
     precision: str = option('bf16', 'arithmetic of convolutions (bf16 where the device has it, else fp32); statistics, losses and weights stay fp32', choices=('fp32', 'bf16'))
+    system: str = option('few_shot', 'name of the system these values started from', choices=('few_shot', 'va', 'va_slim', 'va_match', 'va_sync'))
+    mode: str = option('best', 'best: ours; thesis: shapes, features, losses and step sizes as published', choices=('best', 'thesis'))
+    mouth_drop: float = option(0.0, 'probability that an episode\'s targets are drawn without lips, so that sound has something to say', 0, 1)
+    adversarial_start: float = option(0.0, 'share of the steps before the discriminator takes part', 0, 1)
+    sync_start: float = option(0.0, 'share of the steps before the sync loss takes part; its scorer learns from the first', 0, 1)
+    gradient_penalty_every: int = option(16, 'discriminator steps between gradient penalties, each so many times heavier (lazy regularisation)', 1)
+    accumulate: int = option(1, 'parts that a batch is cut into, one after another, to save memory; the step is the same', 1, 512)
+    checkpointing: bool = option(False, 'compute the inside of blocks twice instead of keeping it; less memory, the same step')
+    compile: bool = option(False, 'let torch.compile fuse the networks; needs a C++ compiler, the first steps take minutes')
+    channels_last: bool = option(True, 'memory order of pictures: channels last, else channels first')
     workers: int = option(0, 'processes that draw batches ahead, for a GPU or many cores; the batches do not depend on it', 0, 64)
     threads: int = option(0, 'CPU threads; 0 = time a few steps and take the best', 0, 1024)
     device: str = option('auto', 'auto, cpu, cuda or cuda:N')
@@ -226,6 +255,10 @@ FREE_ON_RESUME = ('threads', 'workers', 'device', 'log_every', 'sample_every', '
 class FineTuneConfig(PhotosConfig):
     "Fine-tuning on the T photos of one person."
     epochs: int = option(40, 'passes over the T photos; the paper has 40', 0)
+    unit: str = option('pass', 'what an epoch is: a pass over the T photos, or (as the thesis counts) one step on one photo', choices=('pass', 'step'))
+    patience: int = option(0, 'T >= 4: hold one photo out and stop when it has not improved for so many epochs; 0 = use all photos, do not stop early', 0)
+    padding: int = option(0, 'crop the photos by the landmarks\' box and so many pixels of the source on each side, as the thesis does; 0 = the model\'s own margin', 0)
+    compact: bool = option(False, 'store a low-rank difference to the run instead of the whole generator; the person then needs the run')
     views: int = option(5, 'differently augmented views of each photo per epoch; the paper has 1', 1, 64)
     batch: int = option(8, 'photos per step (at most T)', 1, 64)
     learning_rate: float = option(2e-3, 'Adam step size of the generator', 0, 1)
@@ -272,12 +305,63 @@ FINE_TUNE_PRESETS: dict[str, FineTuneConfig] = {
     'paper': FineTuneConfig(views=1, batch=1, learning_rate=5e-5, psi_learning_rate=5e-5, schedule='constant', augment=0.0, ema=0.0),
 }
 
-def preset(name: str, **changes: Any) -> MetaLearningConfig:
-    "The meta-learning config of a preset with some top-level options changed; unknown names raise ConfigError."
-    if name not in PRESETS: raise ConfigError(f'preset {name!r}: choose one of {", ".join(PRESETS)}')
-    return PRESETS[name].replace(**changes)
+def fine_tune_preset(config: MetaLearningConfig) -> FineTuneConfig:
+    "The fine-tuning that goes with a meta-learned run: of its preset, or as published where it was trained so."
+    return FINE_TUNE_PRESETS['paper' if config.mode == 'thesis' else config.preset]
 
-# %% ../nbs/01_ground/01_config.ipynb #ce9b5cbb
+# %% ../nbs/01_ground/01_config.ipynb #e84a616b
+PAPER_LOSSES: dict[str, LossConfig] = {
+    version: LossConfig(pixel=0.0, structure=0.0, random_features=0.0, parts=0.0, vgg19=vgg19, vggface=vggface, adversarial=1.0, feature_matching=10.0, match=match)
+    for version, vgg19, vggface, match in (('v1', 0.01, 0.002, 80.0), ('v2', 0.15, 0.025, 10.0))}
+
+# %% ../nbs/01_ground/01_config.ipynb #197350e8
+SYSTEMS: dict[str, str] = {
+    'few_shot': 'image embedder only (Zakharov et al. 2019)',
+    'va': 'sound embedder beside it, and a generator one block deeper and twice as wide (Video-Audio, as published)',
+    'va_slim': 'sound embedder beside it, the generator unchanged: only P has more columns',
+    'va_match': 'va_slim with the thesis\'s audio loss: the sound embedding is pulled to a vector of its video',
+    'va_sync': 'va_slim with a contrastive loss between drawn mouth and sound, and lips left out of half of the drawings',
+}
+
+def _with_system(config: MetaLearningConfig, system: str) -> MetaLearningConfig:
+    "The config of a system: what it has beside the few-shot system of the same preset and mode."
+    if system == 'few_shot': return config
+    model, losses = config.model, config.losses
+    thesis = config.mode == 'thesis'
+    model = model.replace(sound='thesis_mel' if thesis else 'logmel', sound_size=model.embedding_size if thesis else model.sound_size,
+                          sound_width=model.embedder_width if thesis else model.sound_width)
+    if system == 'va': model = model.replace(generator_downs=model.generator_downs + 1, maximum_channels=max(model.maximum_channels, model.generator_width << model.generator_downs))
+    if system == 'va_match': losses = losses.replace(sound_match=10.0 if thesis else 0.1)
+    if system == 'va_sync': losses = losses.replace(sync=0.1)
+    more = dict(mouth_drop=0.5, sync_start=0.2, targets=max(config.targets, 5)) if system == 'va_sync' else {}
+    return config.replace(system=system, model=model, losses=losses, **more)
+
+def _thesis(config: MetaLearningConfig) -> MetaLearningConfig:
+    """The published training at the size of a preset: details, losses and step sizes of the code that the thesis built on.
+
+    Below `paper` the VGG networks, which need a download, are stood in for by the offline face network.
+    """
+    content = dict(vgg19=0.15, vggface=0.025) if config.preset == 'paper' else dict(face=0.5)
+    model = config.model.replace(details='published', pooling='max', palette='lines-v1', landmark_pyramid=False, spectral_norm=True, attention=True)
+    losses = LossConfig(pixel=0.0, structure=0.0, random_features=0.0, parts=0.0, adversarial=1.0, feature_matching=10.0, match=10.0, **content)
+    return config.replace(mode='thesis', model=model, losses=losses, clips=1, targets=1, support=(8,), augment=0.0, learning_rate=5e-5, discriminator_learning_rate=2e-4,
+                          discriminator_steps=2, beta1=0.9, beta2=0.999, schedule='constant', warmup_steps=0, clip_norm=0.0, ema=0.0, precision='fp32', channels_last=False)
+
+# %% ../nbs/01_ground/01_config.ipynb #b89dd35a
+def preset(name: str, system: str = 'few_shot', mode: str = 'best', variant: str = 'ft', **changes: Any) -> MetaLearningConfig:
+    """The meta-learning config of a preset, system (a key of SYSTEMS) and mode (best, thesis), with some top-level options changed.
+
+    `variant`: `ft`, to be fine-tuned, or `ff`, feed-forward: without the match loss and for twice as many steps (Zakharov et al. 2019, section 4).
+    Raises ConfigError for unknown names.
+    """
+    for kind, value, known in (('preset', name, PRESETS), ('system', system, SYSTEMS), ('mode', mode, ('best', 'thesis')), ('variant', variant, ('ft', 'ff'))):
+        if value not in known: raise ConfigError(f'{kind} {value!r}: choose one of {", ".join(known)}')
+    config = PRESETS[name] if mode == 'best' else _thesis(PRESETS[name])
+    config = _with_system(config, system)
+    if variant == 'ff': config = config.replace(losses=config.losses.replace(match=0.0), steps=2 * config.steps)
+    return config.replace(**changes)
+
+# %% ../nbs/01_ground/01_config.ipynb #152fb06e
 def describe(config: Config | type[Config]) -> str:
     "A Markdown table of a config's options: name, value (or default), allowed values, help."
     rows = ['| option | value | allowed | meaning |', '|---|---|---|---|']
