@@ -84,8 +84,12 @@ def part_masks(landmarks: np.ndarray | torch.Tensor, size: int, device: torch.de
     return (inside[:, :, 1, :, None] & inside[:, :, 0, None, :]).any(1, keepdim=True).float()
 
 def part_l1_loss(fake: torch.Tensor, real: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-    "Mean absolute difference (scalar) of pictures (B, 3, S, S) over the pixels where masks (B, 1, S, S) are 1; 0 where there are none."
-    return ((fake.float() - real.detach().float()).abs() * masks).sum() / (masks.sum() * fake.shape[1]).clamp_min(1)
+    """Mean absolute difference (scalar) of pictures (B, 3, S, S) over the pixels where masks (B, 1, S, S) are 1, then over pictures.
+
+    A picture without such pixels counts as 0. Like every loss here it is a mean over pictures: halves of a batch average to the whole.
+    """
+    difference = ((fake.float() - real.detach().float()).abs() * masks).sum((1, 2, 3))
+    return (difference / (masks.sum((1, 2, 3)) * fake.shape[1]).clamp_min(1)).mean()
 
 # %% ../../nbs/04_networks/04_losses.ipynb #816f0755
 class RealFeatures(NamedTuple):
