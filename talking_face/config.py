@@ -278,6 +278,7 @@ class ReenactConfig(PhotosConfig):
                         'changed to the face\'s), none', choices=('relative', 'shape', 'none'))
     side_by_side: bool = option(False, 'show the driver beside the result')
     audio: str = option('driver', 'sound of the result', choices=('driver', 'none'))
+    mouth: bool = option(True, 'draw the driver\'s lips; without them a face that hears moves its mouth by the sound alone')
     photo_face: str = option('', 'the same for photos that are given with a run; empty = as face')
     batch: int = option(8, 'frames generated together', 1, 256)
     threads: int = option(0, 'CPU threads; 0 = torch\'s own choice', 0, 1024)
@@ -317,7 +318,7 @@ PAPER_LOSSES: dict[str, LossConfig] = {
 # %% ../nbs/01_ground/01_config.ipynb #197350e8
 SYSTEMS: dict[str, str] = {
     'few_shot': 'image embedder only (Zakharov et al. 2019)',
-    'va': 'sound embedder beside it, and a generator one block deeper and twice as wide (Video-Audio, as published)',
+    'va': 'sound embedder beside it, and a generator one block deeper and wider (Video-Audio, as published); where that would leave less than 8 x 8 positions: twice as wide',
     'va_slim': 'sound embedder beside it, the generator unchanged: only P has more columns',
     'va_match': 'va_slim with the thesis\'s audio loss: the sound embedding is pulled to a vector of its video',
     'va_sync': 'va_slim with a contrastive loss between drawn mouth and sound, and lips left out of half of the drawings',
@@ -330,7 +331,11 @@ def _with_system(config: MetaLearningConfig, system: str) -> MetaLearningConfig:
     thesis = config.mode == 'thesis'
     model = model.replace(sound='thesis_mel' if thesis else 'logmel', sound_size=model.embedding_size if thesis else model.sound_size,
                           sound_width=model.embedder_width if thesis else model.sound_width)
-    if system == 'va': model = model.replace(generator_downs=model.generator_downs + 1, maximum_channels=max(model.maximum_channels, model.generator_width << model.generator_downs))
+    if system == 'va':
+        deeper = model.image_size >> model.generator_downs + 1 >= 8  # at 4 x 4 hardly any landmark would get through
+        widest = model.generator_width << model.generator_downs
+        model = model.replace(maximum_channels=max(model.maximum_channels, widest),
+                              **(dict(generator_downs=model.generator_downs + 1) if deeper else dict(generator_width=2 * model.generator_width)))
     if system == 'va_match': losses = losses.replace(sound_match=10.0 if thesis else 0.1)
     if system == 'va_sync': losses = losses.replace(sync=0.1)
     more = dict(mouth_drop=0.5, sync_start=0.2, targets=max(config.targets, 5)) if system == 'va_sync' else {}

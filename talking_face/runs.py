@@ -5,7 +5,7 @@
 # %% ../nbs/01_ground/02_runs.ipynb #cd3ad5ba
 from __future__ import annotations
 
-import ast, contextlib, difflib, json, os, platform, re, subprocess, sys, threading, time
+import ast, contextlib, difflib, json, math, os, platform, re, subprocess, sys, threading, time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from .config import Config
 
 # %% auto #0
 __all__ = ['PROGRESS_FILE', 'environment', 'RunFolder', 'Progress', 'declared_parameters', 'check_parameters', 'read_parameters',
-           'execute', 'smooth', 'curves']
+           'execute', 'smooth', 'curves', 'LiveCurves']
 
 # %% ../nbs/01_ground/02_runs.ipynb #fd8f0c47
 def environment() -> dict[str, Any]:
@@ -254,17 +254,45 @@ def smooth(values: list[float], decay: float = 0.9) -> list[float]:
         result.append(average / (1 - decay ** count))
     return result
 
-def curves(run: RunFolder, names: list[str], event: str = 'step', decay: float = 0.9) -> 'matplotlib.figure.Figure':
-    "Draw logged figures against the step: thin the values, thick their moving average."
-    import matplotlib.pyplot as plt
-    rows = run.events(event)
-    figure, axis = plt.subplots(figsize=(5, 2.6), dpi=80)
+def _draw_curves(axis: 'matplotlib.axes.Axes', rows: list[dict[str, Any]], names: list[str], decay: float = 0.9) -> None:
+    "Thin the values of every figure in `rows` that has some, thick their moving average."
     for name, dash in zip(names, ['-', '--', ':', '-.'] * len(names)):
         points = [(row['step'], row[name]) for row in rows if row.get(name) is not None]
         if not points: continue
         steps, values = zip(*points)
         line, = axis.plot(steps, smooth(values, decay), dash, lw=1.6, label=name)
         axis.plot(steps, values, lw=.5, alpha=.35, color=line.get_color())
-    axis.set_xlabel('step', fontsize=8); axis.tick_params(labelsize=7); axis.legend(fontsize=7); figure.tight_layout()
-    plt.close(figure)
+    axis.tick_params(labelsize=7)
+    if axis.lines: axis.legend(fontsize=7)
+
+def curves(run: RunFolder, names: list[str], event: str = 'step', decay: float = 0.9) -> 'matplotlib.figure.Figure':
+    "Draw logged figures against the step: thin the values, thick their moving average."
+    import matplotlib.pyplot as plt
+    figure, axis = plt.subplots(figsize=(5, 2.6), dpi=80)
+    _draw_curves(axis, run.events(event), names, decay)
+    axis.set_xlabel('step', fontsize=8); figure.tight_layout(); plt.close(figure)
     return figure
+
+# %% ../nbs/01_ground/02_runs.ipynb #c3ff0c95
+class LiveCurves:
+    """Curves of a run in progress: give it as `callback(done, total, text)`; it shows the progress line and redraws the curves in place.
+
+    `run`: the run's folder, which need not be there yet; `groups`: lists of names, one panel each; `interval_s`: seconds between drawings.
+    """
+    def __init__(self, run: str | os.PathLike, groups: list[list[str]], interval_s: float = 5.0):
+        self.run, self.groups, self.interval_s = RunFolder(run), groups, interval_s
+        self.shown, self.handle = -math.inf, None
+
+    def __call__(self, done: int, total: int, text: str) -> None:
+        "Show how far it is; `done` of `total`, and the line that says it."
+        if time.monotonic() - self.shown < self.interval_s and done < total: return
+        import matplotlib.pyplot as plt
+        from IPython.display import display
+        rows = self.run.events('step')
+        figure, axes = plt.subplots(len(self.groups), figsize=(5, 1.9 * len(self.groups)), dpi=80, squeeze=False, sharex=True)
+        for axis, names in zip(axes[:, 0], self.groups): _draw_curves(axis, rows, names)
+        axes[0, 0].set_title(text, fontsize=7); axes[-1, 0].set_xlabel('step', fontsize=8); figure.tight_layout()
+        if self.handle is None: self.handle = display(figure, display_id=True)
+        else: self.handle.update(figure)
+        plt.close(figure)
+        self.shown = time.monotonic()  # after drawing, which takes time, too

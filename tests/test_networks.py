@@ -8,13 +8,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import parametrize
 
-from talking_face.config import PRESETS, ModelConfig
+from talking_face.config import PRESETS, ModelConfig, preset
 from talking_face.core import ConfigError, DataError
 from talking_face.few_shot.discriminator import Discriminator, VideoTable
 from talking_face.few_shot.embedders import Embedder, Trunk
 from talking_face.few_shot.generator import Generator
-from talking_face.networks.layers import (AdaptiveUpBlock, DownBlock, SelfAttention, adain, convolution, fold_spectral_norm, frozen, settle_spectral_norm,
-                                          with_spectral_norm)
+from talking_face.networks.layers import (AdaptiveUpBlock, DownBlock, SelfAttention, adain, convolution, fold_spectral_norm, frozen, run_block,
+                                          set_checkpointing, settle_spectral_norm, with_spectral_norm)
 
 MICRO = ModelConfig(image_size=32, embedding_size=16, embedder_width=4, generator_width=4, generator_downs=2, generator_residuals=1, generator_last=4,
                     discriminator_width=4)
@@ -439,3 +439,210 @@ def test_folding_a_copy_leaves_the_original_alone():
     assert torch.equal(block(x), before) and torch.allclose(folded(x), before, atol=1e-5)
     assert 'conv1.weight' in folded.state_dict() and 'conv1.parametrizations.weight.original' in block.state_dict()
     assert torch.allclose(fold_spectral_norm(block)(x), before, atol=1e-5)
+
+
+# ---- the published details ----
+
+PUBLISHED_TINY = FULL.replace(details='published', pooling='max', landmark_pyramid=False)
+
+
+@pytest.mark.parametrize('system, sound, g, p, psi, smallest', [('few_shot', 0, 31_396_645, 6_750_208, 13_184, 16), ('va', 14_905_345, 124_469_541, 27_131_904, 26_496, 8),
+                                                                ('va_slim', 14_905_345, 31_396_645, 13_500_416, 13_184, 16)])
+def test_published_parameter_counts(system, sound, g, p, psi, smallest):
+    model = preset('paper', system, 'thesis').model
+    with torch.device('meta'):
+        embedder, generator, discriminator = Embedder(model), Generator(model), Discriminator(model, ['a'])
+        heard = Trunk(model, model.sound_width, True, channels=3) if sound else nn.Identity()
+    assert count(embedder) == 14_907_265 and count(heard) == sound and count(discriminator.trunk) == 19_626_881 and count(discriminator) == 19_627_394 + 512
+    assert count(generator) == g + p and generator.projection.weight.numel() == p and generator.psi_size == psi
+    assert [block.conv1.kernel_size for block in generator.downs] == [(9, 9)] + [(3, 3)] * (len(generator.downs) - 1) and generator.downs[0].conv2.kernel_size == (9, 9)
+    assert 256 >> len(generator.downs) == smallest and [block.conv2.out_channels for block in generator.ups][-4:] == [256, 128, 64, 32]
+    with torch.no_grad(): maps = discriminator.trunk(torch.empty(1, 3, 256, 256, device='meta'), torch.empty(1, 3, 256, 256, device='meta'))
+    assert [tuple(m.shape[1:]) for m in maps] == [(64, 128, 128), (128, 64, 64), (256, 32, 32), (512, 16, 16), (512, 8, 8), (512, 4, 4), (512, 4, 4)]
+
+
+def test_published_spectral_norm_leaves_out_the_ends():
+    generator = Generator(PUBLISHED_TINY)
+    plain = {name for name, layer in generator.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear)) and not parametrize.is_parametrized(layer, 'weight')}
+    assert plain == {'output', 'projection'}
+
+
+def published_generator(g, y, psi):
+    "The published generator written a second time, from its description: every convolution at full size, torch's own interpolation and norms."
+    slices, act = iter(g.split_psi(psi).values()), lambda x: F.leaky_relu(x, 0.01)
+
+    def adaptive(x):
+        scale, shift = next(slices)[:, :, None, None].chunk(2, 1)
+        return (x - x.mean((2, 3), keepdim=True)) / (x.std((2, 3), keepdim=True, correction=0) + 1e-5) * scale + shift
+
+    def attend(layer, x):
+        f, g, h = (conv(x).flatten(2) for conv in (layer.key, layer.query, layer.value))
+        return x + layer.gamma * (h @ torch.softmax(g.transpose(1, 2) @ f, -1).transpose(1, 2)).view_as(x)
+
+    def twice(x): return F.interpolate(x, scale_factor=2, mode='bilinear', align_corners=False)
+    x = y
+    for index, block in enumerate(g.downs):
+        main = block.conv2(act(block.conv1(act(x) if index else x)))
+        x = F.avg_pool2d(main, 2) + F.avg_pool2d(block.skip(x), 2)
+        scale, shift = block.norm_behind.psi[0].chunk(2)
+        x = F.instance_norm(x, weight=1 + scale, bias=shift)
+        if f'downs_{index}' in g.attention: x = attend(g.attention[f'downs_{index}'], x)
+    for block in g.residuals: x = x + block.conv2(act(adaptive(block.conv1(act(adaptive(x))))))
+    for index, block in enumerate(g.ups):
+        main = block.conv2(act(adaptive(block.conv1(twice(act(adaptive(x)))))))
+        x = main + block.skip(twice(x))
+        if f'ups_{index}' in g.attention: x = attend(g.attention[f'ups_{index}'], x)
+    return 2 * torch.sigmoid(g.output(act(adaptive(x)))) - 1
+
+
+def test_published_networks_equal_a_second_implementation():
+    embedder, generator, discriminator = (open_attention(network).eval().double()
+                                          for network in (Embedder(PUBLISHED_TINY), Generator(PUBLISHED_TINY), Discriminator(PUBLISHED_TINY, ['a'])))
+    with torch.no_grad():
+        for network in (embedder, generator, discriminator):
+            for parameter in network.parameters(): parameter.add_(0.1 * torch.randn_like(parameter))
+        images, drawings = (t.double() for t in pictures(PUBLISHED_TINY, 2))
+        psi = torch.randn(2, generator.psi_size, dtype=torch.float64)
+        generator.output.float()  # the last convolution is single precision whatever comes in
+        x = generator(drawings, psi)
+        assert (x - published_generator(generator.double(), drawings, psi)).abs().max() < 1e-3 and x.std() > 0.1
+        act = lambda x: F.leaky_relu(x, 0.01)
+        for network, pool in ((embedder, lambda x: x.amax((2, 3))), (discriminator, lambda x: x.mean((2, 3)))):
+            x = torch.cat([images, drawings], 1)
+            for index, block in enumerate(network.trunk.blocks):
+                main = block.conv2(act(block.conv1(act(x) if index else x)))
+                x = main + x if index == 4 else F.avg_pool2d(main, 2) + F.avg_pool2d(block.skip(x), 2)
+                if index == network.trunk.attention_after: x = network.trunk.attention(x)
+            found = network(images, drawings) if network is embedder else network.features(images, drawings)[0]
+            assert torch.allclose(found.double(), act(pool(x)), rtol=1e-5, atol=1e-6) and (found != 0).all()
+
+
+def test_published_parameters_get_a_gradient_except_biases_before_a_norm():
+    embedder, generator = open_attention(Embedder(PUBLISHED_TINY)), open_attention(Generator(PUBLISHED_TINY))
+    images, drawings = pictures(PUBLISHED_TINY, 4)
+    (generator(drawings, generator.project(embedder(images, drawings))) - images).abs().mean().backward()
+    assert not without_gradient(embedder) and not [name for name in without_gradient(generator) if not name.endswith('bias')]
+    assert (generator.projection.weight.grad.abs().sum(1) > 0).all()
+
+
+def test_details_change_nothing_but_the_inside():
+    "Maps, slices and embeddings have the same shapes in both styles."
+    generators = [Generator(config) for config in (FULL.replace(landmark_pyramid=False), PUBLISHED_TINY)]
+    shapes = [{name: x.shape for name, x in generator.trace(pictures(FULL, 1)[0], torch.zeros(1, generator.psi_size)).maps.items()} for generator in generators]
+    assert shapes[0] == shapes[1] and generators[0].psi_layout == generators[1].psi_layout
+
+
+# ---- sound beside the person ----
+
+@pytest.mark.parametrize('config', [FULL, PUBLISHED_TINY])
+def test_sound_adds_its_own_columns(config):
+    generator = Generator(config.replace(sound='logmel', sound_size=8)).eval()
+    e, a = torch.randn(3, 16), torch.randn(3, 8)
+    weight = generator.projection.weight
+    assert weight.shape == (generator.psi_size, 24)
+    assert torch.allclose(generator.project(e, a), e @ weight[:, :16].T + a @ weight[:, 16:].T, atol=1e-5)
+    assert torch.allclose(generator.project(e), e @ weight[:, :16].T, atol=1e-6) and torch.allclose(generator.project_sound(a), a @ weight[:, 16:].T, atol=1e-6)
+    with torch.autocast('cpu', torch.bfloat16): assert generator.project(e, a.bfloat16()).dtype == torch.float32
+    generator.train()
+    vectors = {name: buffer.clone() for name, buffer in generator.named_buffers()}
+    columns = generator.sound_projection()
+    assert all(torch.equal(buffer, vectors[name]) for name, buffer in generator.named_buffers()), 'copying makes no power iteration'
+    assert torch.equal(columns.weight, generator.eval().projection.weight[:, 16:]) and columns.weight.data_ptr() != generator.projection.weight.data_ptr()
+    with pytest.raises(ValueError, match='N_a'): generator.project(e, a[:, :5])
+    with pytest.raises(ValueError, match='N_a'): Generator(MICRO).project(e, a)
+    with pytest.raises(ConfigError, match='sound = none'): Generator(MICRO).sound_projection()
+
+
+def test_trunk_of_other_pictures():
+    trunk = Trunk(FULL, 4, spectral=True, channels=3)
+    maps = trunk.maps(torch.randn(2, 3, 64, 64))
+    assert [tuple(m.shape[1:]) for m in maps] == [(4, 32, 32), (8, 16, 16), (16, 8, 8), (16, 4, 4)]
+    with pytest.raises(ValueError, match=r'axis 1 \(channels\) must be 3'): trunk.maps(torch.randn(2, 6, 64, 64))
+
+
+# ---- checkpointing ----
+
+def gan_step(config, on, half=False):
+    "Everything that a generator step leaves behind: outputs, gradients, singular vectors; D is frozen while it measures, and used once more after."
+    torch.manual_seed(0)
+    networks = [open_attention(network) for network in (Embedder(config), Generator(config), Discriminator(config, ['a', 'b']))]
+    embedder, generator, discriminator = (set_checkpointing(network, on) for network in networks)
+    images, drawings = pictures(config, 2)
+    with torch.autocast('cpu', torch.bfloat16, enabled=half):
+        e = embedder(images, drawings)
+        x = generator(drawings, generator.project(e))
+        with frozen(discriminator): judged = discriminator(x, drawings, discriminator.video_vectors(['a', 'b']).detach())
+        again = embedder(x, drawings)  # the embedder's vectors move on before the backward pass
+    (judged.scores.mean() + sum(m.float().abs().mean() for m in judged.maps) + (x - images).abs().mean() + again.mean()).backward()
+    loss = F.relu(1 - discriminator(images, drawings, discriminator.video_vectors(['b', 'a'])).scores).mean()
+    assert all(p.grad is None for p in discriminator.parameters()), 'the second pass through a frozen network leaves no gradient'
+    loss.backward()
+    gradients = [p.grad.to_dense() for network in networks for p in network.parameters() if p.grad is not None]
+    return [e, x, judged.scores, loss, *gradients, *(b for network in networks for b in network.buffers())]
+
+
+@pytest.mark.parametrize('half', [False, True])
+@pytest.mark.parametrize('config', [MICRO, FULL, PUBLISHED_TINY], ids=['plain', 'ours', 'published'])
+def test_checkpointing_is_the_same_step(config, half):
+    plain, twice = gan_step(config, False, half), gan_step(config, True, half)
+    assert len(plain) == len(twice) > 60 and all(torch.equal(a, b) for a, b in zip(plain, twice))
+
+
+def test_checkpointing_computes_twice_and_stops_when_switched_off():
+    generator, runs = set_checkpointing(Generator(FULL), True), []
+    for block in generator.ups: block.register_forward_pre_hook(lambda *_: runs.append(1))
+    drawings = pictures(FULL, 1)[0]
+    for on, wanted in ((True, 4), (False, 2)):  # two up blocks, forward and again in the backward pass
+        runs.clear()
+        set_checkpointing(generator, on)(drawings, torch.zeros(1, generator.psi_size)).sum().backward()
+        assert len(runs) == wanted
+    set_checkpointing(generator, True); runs.clear()
+    with torch.no_grad(): generator(drawings, torch.zeros(1, generator.psi_size))
+    assert len(runs) == 2
+
+
+def test_checkpointing_twice_backward_and_second_derivatives():
+    "R1 differentiates D's gradient; a retained graph is walked twice."
+    found = []
+    for on in (False, True):
+        torch.manual_seed(0)
+        discriminator = set_checkpointing(open_attention(Discriminator(FULL, ['a'])), on)
+        images, drawings = pictures(FULL, 2)
+        images.requires_grad_()
+        scores = discriminator(images, drawings, discriminator.video_vectors(['a', 'a']).detach()).scores
+        gradient, = torch.autograd.grad(scores.sum(), images, create_graph=True)
+        (gradient.square().sum((1, 2, 3)).mean() + scores.mean()).backward(retain_graph=True)
+        scores.sum().backward()
+        found.append([gradient, *(p.grad for p in discriminator.dense_parameters()), *discriminator.buffers()])
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-8) for a, b in zip(*found))
+
+
+@pytest.mark.parametrize('spectral', [False, True])
+def test_checkpointing_under_the_compiler(spectral):
+    torch.manual_seed(0)
+    blocks = nn.ModuleList([DownBlock(3, 4, spectral, norm=True, first=True), AdaptiveUpBlock(4, 4, spectral)])
+    other, x, psi = copy.deepcopy(blocks), torch.randn(2, 3, 8, 8), torch.randn(2, 2, 8)
+
+    def through(blocks): return run_block(blocks[1], run_block(blocks[0], x), psi[0], psi[1])
+    set_checkpointing(blocks, True)
+    torch._dynamo.reset()
+    wanted, found = through(other), torch.compile(lambda: through(blocks), backend='aot_eager')()
+    wanted.square().mean().backward(); found.square().mean().backward()
+    torch._dynamo.reset()
+    assert torch.allclose(found, wanted, atol=1e-6) and all(torch.allclose(p.grad, q.grad, atol=1e-6) for p, q in zip(blocks.parameters(), other.parameters()))
+    assert all(torch.equal(p, q) for p, q in zip(blocks.buffers(), other.buffers()))
+
+
+def test_single_precision_where_it_matters_under_autocast():
+    "Statistics, softmax and scores: the values, not only their types, are those of single precision for the half-precision maps they get."
+    attention = open_attention(SelfAttention(8, reduction=1))
+    with torch.no_grad(): attention.query.weight.mul_(4); attention.key.weight.mul_(4)
+    x = torch.randn(1, 8, 8, 8)
+    discriminator = Discriminator(FULL, ['a']).eval()
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        weights = attention.attention_map(x)
+        query, key = (layer(x).flatten(2).double() for layer in (attention.query, attention.key))
+        features, vector = torch.rand(4, 16) * 30, torch.randn(4, 16) * 30
+        scores = discriminator.score(features, vector)
+    assert weights.dtype == torch.float32 and (weights - torch.softmax(query.transpose(1, 2) @ key, -1)).abs().max() < 1e-5
+    assert scores.dtype == torch.float32 and torch.allclose(scores.double(), (features.double() * vector.double()).sum(1), atol=1e-2)

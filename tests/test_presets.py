@@ -5,11 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from talking_face.config import PRESETS, PreprocessConfig
+from talking_face.config import PRESETS, PreprocessConfig, preset
 from talking_face.core import WeightsUnavailable
-from talking_face.data.episodes import EpisodeSampler
 from talking_face.data.preprocessing import preprocess
-from talking_face.few_shot.meta_learning import FewShotLearner, meta_learn
+from talking_face.few_shot.meta_learning import FewShotLearner, make_sampler, meta_learn
 
 CLIPS = Path(__file__).parent.parent/'data/embedded/clips'
 
@@ -21,7 +20,7 @@ def shards(tmp_path_factory):
 
 def one_step(config, shards):
     torch.set_num_threads(1)
-    learner = FewShotLearner(config, EpisodeSampler(shards, config.model, 1, 1, (1,), 0.0, 0))
+    learner = FewShotLearner(config, make_sampler(config.replace(clips=1, support=(1,), augment=0.0, targets=config.targets if config.losses.sync else 1), shards))
     before = {name: copy.deepcopy(module.state_dict()) for name, module in learner.modules.items()}
     figures = learner.step(learner.batch(0))
     still = {f'{name}.{key}' for name, module in learner.modules.items() for key, parameter in module.named_parameters()
@@ -40,6 +39,19 @@ def test_paper_makes_a_step_at_256_pixels(shards):
     # behind an attention whose gamma starts at 0 nothing can move in the first step
     assert {name for name in still if 'attention' not in name and name != 'discriminator.b'} == set(), still
     assert {name for name in still if name.endswith('gamma')} == set()
+
+@pytest.mark.parametrize('system', ['va', 'va_match', 'va_sync'])
+def test_small_systems_that_hear_make_a_step(shards, system):
+    figures, still = one_step(preset('small', system, warmup_steps=0, sync_start=0.0), shards)
+    assert {'face', 'adversarial', 'match'} <= figures.keys() and still <= {'discriminator.b', 'scorer.sharpness'}, still
+    assert {'va_match': {'sound_match', 'sound_table'}, 'va_sync': {'sync', 'scorer'}}.get(system, set()) <= figures.keys()
+
+@pytest.mark.parametrize('system', ['few_shot', 'va_match'])
+def test_the_published_mode_makes_a_step(shards, system):
+    "At the tiny size, with the offline face network for the VGG networks."
+    figures, still = one_step(preset('tiny', system, 'thesis'), shards)
+    assert {'face', 'adversarial', 'feature_matching', 'match', 'discriminator'} <= figures.keys()
+    assert {name for name in still if 'attention' not in name and name != 'discriminator.b'} == set(), still
 
 def test_paper_asks_for_its_weights_before_it_makes_a_folder(shards, tmp_path, monkeypatch):
     monkeypatch.setenv('TORCH_HOME', str(tmp_path/'empty'))

@@ -9,7 +9,12 @@ from safetensors.numpy import load_file
 from helpers import ADVERSARIAL, DLIB, MICRO, Job, die_before, finished, shell, wait_for
 
 STEPS = 12
-SYSTEMS = {'reconstruction': [], 'adversarial': ADVERSARIAL}     # the second has a discriminator and a table of which a step moves a few rows only
+MODES = ['--losses.gradient-penalty', 1, '--gradient-penalty-every', 3, '--adversarial-start', .2, '--accumulate', 2, '--checkpointing']
+HEARING = ['--model.sound', 'logmel', '--model.sound-size', 8, '--model.sound-width', 4, '--losses.sync', .1, '--losses.sound-match', .1, '--sync-start', .3, '--mouth-drop', .5, '--targets', 5]
+SYSTEMS = {'reconstruction': [],
+           'adversarial': ADVERSARIAL,                         # with a discriminator and a table of which a step moves a few rows only
+           'modes': [*ADVERSARIAL, *MODES],                    # which begins after some steps, does something dear now and then, and goes through its batch in parts
+           'hearing': HEARING}                                 # with a sound embedder, a table of sounds, and a scorer that learns beside them
 
 
 def command(shards: Path, run: Path, *options: object) -> list[object]:
@@ -65,6 +70,14 @@ def test_reference_has_what_must_be_restored(references):
     for part in ('generator/', 'discriminator/', 'videos/'):
         assert any(name.startswith(part) and np.abs(value).max() > 0 for name, value in state.items()), part
     assert {'adversarial', 'match', 'feature_matching', 'discriminator'} <= figures(run)[0].keys() and len(figures(run)) == STEPS
+
+
+def test_modes_have_what_must_be_restored(references):
+    late, first = ({name: figures(references[name])[step] for name in ('modes', 'hearing')} for step in (-1, 0))
+    assert 'adversarial' not in first['modes'] and 'adversarial' in late['modes'] and sum('gradient_penalty' in row for row in figures(references['modes'])) == 6
+    assert 'sync' not in first['hearing'] and {'sync', 'sound_match', 'sound_table', 'scorer'} <= late['hearing'].keys()
+    state = load_file(references['hearing']/f'checkpoints/step-{STEPS:06d}.state.safetensors')
+    for part in ('generator/', 'sound_table/', 'scorer/'): assert any(name.startswith(part) and np.abs(value).max() > 0 for name, value in state.items()), part
 
 
 # ---- killed ----
@@ -199,8 +212,8 @@ def test_numbers_that_are_not_finite_stop_the_run(workshop, references, talking_
     "From step 7 on the pictures are NaN. The checkpoint of step 6 is kept and is good: with sound pictures the run ends as if nothing had happened."
     from talking_face.data.episodes import EpisodeSampler
     original, run = EpisodeSampler.batch, tmp_path/'run'
-    def spoiled(sampler, step: int):
-        batch = original(sampler, step)
+    def spoiled(sampler, step: int, slots=None):
+        batch = original(sampler, step, slots)
         return batch._replace(target_images=batch.target_images * float('nan')) if step >= 6 else batch
     monkeypatch.setattr(EpisodeSampler, 'batch', spoiled)
     outcome = talking_face(*command(workshop.shards, run))

@@ -7,7 +7,9 @@ import numpy as np
 import papermill
 import pytest
 
+from talking_face.config import PreprocessConfig
 from talking_face.core import ConfigError, MediaError
+from talking_face.data.preprocessing import preprocess
 from talking_face.runs import check_parameters, declared_parameters, execute
 
 from helpers import CLIPS, ROOT, clip, frames_of, lag_and_likeness, watch
@@ -37,18 +39,23 @@ def pictures(notebook: Path) -> int:
 def way(workshop, tmp_path_factory) -> Path:
     "A folder in which the notebooks were executed, one after the other."
     folder, lines = tmp_path_factory.mktemp('way'), []
+    preprocess([workshop.videos], folder/'seconds', PreprocessConfig(size=64, detector='dlib', maximum_seconds=1))
+    experiment = dict(shards=str(folder/'seconds'), train_split='', test_splits=[], shots=[2], seeds=[0], people=2, threads=1)
     given = {'meta_learn': dict(shards=str(workshop.shards), out=str(folder/'run'), split='', steps=6, threads=1),
              'fine_tune': dict(run=str(folder/'run'), photos=str(workshop.videos/'syn11'), out=str(folder/'person'), shots=3, epochs=1, end_s=1,
                                threads=1, detector='dlib'),
              'reenact': dict(person=str(folder/'person'), driving=str(clip('syn01')), out=str(folder/'film.mp4'), side_by_side=True, detector='dlib'),
-             'data_report': dict(data=str(workshop.shards), out=str(folder/'report'))}
+             'data_report': dict(data=str(workshop.shards), out=str(folder/'report')),
+             'audio_value': experiment | dict(out=str(folder/'value'), shots=2, systems=['few_shot', 'va_slim'], steps=2, fine_tune_epochs=0, scorer_steps=2),
+             'compare_modes': experiment | dict(out=str(folder/'modes'), people=1, seconds=1.0, fine_tune_seconds=.2, probe_steps=2)}
     for name, parameters in given.items(): execute(RUNS[name], folder/f'{name}.ipynb', ROOT, callback=lines.append, **parameters)
     (folder/'progress.txt').write_text('\n'.join(lines))
     return folder
 
 
 def test_everything_is_executed_and_kept(way):
-    assert sorted(os.listdir(way)) == ['data_report.ipynb', 'film.mp4', 'fine_tune.ipynb', 'meta_learn.ipynb', 'person', 'progress.txt', 'reenact.ipynb', 'report', 'run']
+    made = {'film.mp4', 'modes', 'person', 'progress.txt', 'report', 'run', 'seconds', 'value', *(f'{name}.ipynb' for name in RUNS)}
+    assert set(os.listdir(way)) == made
     for name in RUNS:
         cells = [cell for cell in json.loads((way/f'{name}.ipynb').read_text())['cells'] if cell['cell_type'] == 'code']
         assert all(cell['execution_count'] for cell in cells)
@@ -65,12 +72,21 @@ def test_results_are_there(way):
     assert (len(film.times_s), film.width, film.height) == (75, 128, 64) and len(film.sound)
 
 
+def test_experiments_leave_their_tables(way):
+    value, modes = (json.loads((way/name/'results.json').read_text()) for name in ('value', 'modes'))
+    assert {row[0] for row in value['means']} == {'few_shot', 'va_slim', 'real frames'} and len(value['answers']) == 4      # with and without lips, each twice
+    assert {row[2] for row in modes['means']} >= {'best fine_tuned', 'thesis feed_forward', 'warp', 'real'} and modes['settings']['seconds'] == 1
+    for name in ('value', 'modes'): assert {'measured.csv', 'results.csv', 'results.json', 'results.md', 'stages', 'strip.png'} <= set(os.listdir(way/name))
+
+
 def test_pages_show_figures_pictures_and_progress(way):
     assert [pictures(way/f'{name}.ipynb') for name in ('meta_learn', 'fine_tune', 'reenact')] == [3, 2, 1]
     assert '6 steps in' in text(way/'meta_learn.ipynb') and 'frames=75' in text(way/'reenact.ipynb')
     assert 'meta-learning tiny 6/6' in text(way/'meta_learn.ipynb') and 'meta-learning tiny 6/6' in (way/'progress.txt').read_text()
     steps = json.loads((way/'person/config.json').read_text())['steps']
     shown = (way/'progress.txt').read_text()
+    assert [pictures(way/f'{name}.ipynb') for name in ('audio_value', 'compare_modes')] == [3, 6]      # bars, and the strip
+    assert 'doing va_slim-seed0 (3 of 3)' in text(way/'audio_value.ipynb') and 'doing thesis-seed0 (2 of 2)' in text(way/'compare_modes.ipynb')
     for line in (f'fine-tuning on 3 photos {steps}/{steps}', 'finding the face 75/75', 'generating 75/75'): assert line in shown
 
 

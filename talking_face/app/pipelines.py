@@ -15,22 +15,23 @@ from ..config import FineTuneConfig, PhotosConfig, ReenactConfig
 from ..core import ConfigError, DataError, SeveralFacesError
 from ..data.episodes import frame_view
 from ..data.photos import Photos, load_photos
-from ..few_shot.fine_tuning import Person, feed_forward, fine_tune, load_person
+from ..few_shot.fine_tuning import fine_tune
 from ..few_shot.meta_learning import FewShotModel, load_run
+from ..few_shot.person import Person, feed_forward, load_person
 
 # %% auto #0
 __all__ = ['photos_for', 'preview', 'make_person', 'find_person']
 
 # %% ../../nbs/11_app/00_pipelines.ipynb #3eb3a3ff
 def photos_for(model: FewShotModel, paths: list[str | os.PathLike], config: PhotosConfig) -> Photos:
-    "The photos at `paths`, cropped as the model was trained, at twice its size."
-    return load_photos(paths, config, 2 * model.config.model.image_size, model.margin)
+    "The photos at `paths`, cropped as the model was trained (or, in fine-tuning, by its `padding`), at twice its size; with their sounds where it hears."
+    return load_photos(paths, config, 2 * model.config.model.image_size, model.margin, getattr(config, 'padding', 0), model.config.model)
 
 def preview(person: Person, photos: Photos) -> np.ndarray:
     "A picture with the photos above and the person animated by the photos' own landmarks below; what fine-tuning has learned at a glance."
     size = person.config.model.image_size
-    real = [frame_view(image, points, size)[0] for image, points in zip(*photos)][:8]
-    return np.vstack([np.hstack(real), np.hstack(person.animate(person.landmarks[:8]))])
+    real = [frame_view(image, points, size)[0] for image, points in zip(photos.images, photos.landmarks)][:8]
+    return np.vstack([np.hstack(real), np.hstack(person.animate(person.landmarks[:8], None if photos.sounds is None else photos.sounds[:8]))])
 
 def make_person(model: FewShotModel, paths: list[str | os.PathLike], config: FineTuneConfig, out: str | os.PathLike, callback: Callable | None = None,
                 log: Callable[[int, dict[str, float]], None] | None = None) -> Person:
@@ -45,8 +46,8 @@ def make_person(model: FewShotModel, paths: list[str | os.PathLike], config: Fin
     return person
 
 def find_person(person: str | os.PathLike | None, run: str | os.PathLike | None, paths: list[str | os.PathLike] | None, config: ReenactConfig) -> Person:
-    "The person saved in the folder `person`, or, without fine-tuning, one made from a run and photos on the spot."
-    if person: return load_person(person)
+    "The person saved in the folder `person` (a compact one is completed from `run`, or from the run it names), or, without fine-tuning, one made from a run and photos on the spot."
+    if person: return load_person(person, run)
     if not (run and paths): raise ConfigError('no face is given: name a person, or a run together with photos')
     model = load_run(run)
     options = PhotosConfig(config.detector, config.weights, config.photo_face or config.face, config.shots, config.clip, config.seconds)

@@ -106,7 +106,8 @@ def _say(text: str) -> None:
 def judge_people(shards: Path, run: Path, people: dict[str, Path], seed: int):
     "Both protocols on every test person; returns the evaluation."
     from talking_face.evaluation.protocols import Clip, evaluate_people
-    from talking_face.few_shot.fine_tuning import feed_forward, fine_tune, load_person
+    from talking_face.few_shot.fine_tuning import fine_tune
+    from talking_face.few_shot.person import feed_forward, load_person
     from talking_face.few_shot.meta_learning import build_model, load_run
     model = load_run(run)
     clips = {clip.identity: clip for clip in test_clips(shards, model.config.model.image_size, model.margin)}

@@ -5,26 +5,30 @@
 # %% ../../nbs/03_data/13_episodes.ipynb #d952a0ed
 from __future__ import annotations
 
-import os
+import math, os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import cv2
 import numpy as np
 
 from ..config import ModelConfig
-from ..core import DataError, frames_to_tensor, generator_for
+from ..core import ConfigError, DataError, frames_to_tensor, generator_for
 from .shards import ClipRecord, Manifest, StoredClip, open_clip, read_manifest
+from ..signals.audio import log_mel_spectrogram
 from ..signals.drawing import draw_landmarks
 from ..signals.geometry import compose, transform_points, warp_image
 from ..signals.landmarks import FLIP_ORDER
+from ..signals.sound_inputs import SYNC_FRAMES, SYNC_WINDOW_S, logmel_windows, thesis_mel
 
 if TYPE_CHECKING: import torch
 
 # %% auto #0
-__all__ = ['PREFILTER', 'Choice', 'choose_frames', 'shrink_matrix', 'random_affine', 'flip_matrix', 'frame_view', 'ColourChange',
-           'random_colour', 'apply_colour', 'read_clip', 'Episode', 'EpisodeBatch', 'EpisodeSampler', 'stream_batches']
+__all__ = ['PREFILTER', 'SYNC_SHIFT_S', 'Choice', 'choose_frames', 'stretch_starts', 'choose_stretch', 'shrink_matrix',
+           'random_affine', 'flip_matrix', 'frame_view', 'ColourChange', 'random_colour', 'apply_colour', 'read_clip',
+           'Episode', 'EpisodeBatch', 'shifted_places', 'EpisodeSampler', 'stream_batches']
 
 # %% ../../nbs/03_data/13_episodes.ipynb #62616e81
 class Choice(NamedTuple):
@@ -42,6 +46,20 @@ def choose_frames(generator: np.random.Generator, count: int, support: int, targ
     return Choice(chosen, np.resize(order[:kept], targets))
 
 # %% ../../nbs/03_data/13_episodes.ipynb #ccbf0e3b
+def stretch_starts(positions: np.ndarray, targets: int) -> np.ndarray:
+    "Indices of stored frames from which `targets` follow each other in the film: `positions` `(T,)` are their increasing frame numbers there."
+    last = len(positions) - targets + 1
+    return np.flatnonzero(positions[targets - 1:] - positions[:max(last, 0)] == targets - 1) if len(positions) > targets else np.zeros(0, np.int64)
+
+def choose_stretch(generator: np.random.Generator, positions: np.ndarray, support: int, targets: int) -> Choice:
+    "As `choose_frames`, but the targets are consecutive frames of the film. Raises ValueError where no stretch (and one frame more) is there."
+    starts = stretch_starts(positions, targets)
+    if not len(starts): raise ValueError(f'no {targets} frames in a row, and one more, in a clip of {len(positions)}')
+    chosen = int(generator.choice(starts)) + np.arange(targets)
+    rest = generator.permutation(np.delete(np.arange(len(positions)), chosen))
+    return Choice(rest[:support] if len(rest) >= support else np.concatenate([rest, generator.choice(rest, support - len(rest))]), chosen)
+
+# %% ../../nbs/03_data/13_episodes.ipynb #fa20c593
 PREFILTER = 0.35  # standard deviation in network pixels of the Gaussian before shrinking: a third of the area mean's aliasing
 
 def shrink_matrix(stored: int, size: int) -> np.ndarray:
@@ -73,7 +91,7 @@ def frame_view(image: np.ndarray, landmarks: np.ndarray, size: int, affine: np.n
     points = transform_points(landmarks, matrix)
     return warp_image(image, matrix, size, prefilter=PREFILTER), points[FLIP_ORDER] if flip else points
 
-# %% ../../nbs/03_data/13_episodes.ipynb #eb99300e
+# %% ../../nbs/03_data/13_episodes.ipynb #9e4ad6fb
 class ColourChange(NamedTuple):
     "A change of colours: `mix` (3, 3) @ value ** gamma + `offset` (3,), values in 0..1."
     gamma: float
@@ -93,14 +111,14 @@ def apply_colour(images: np.ndarray, colour: ColourChange) -> np.ndarray:
     changed = cv2.transform(curve[images].reshape(-1, 1, 3), np.column_stack([colour.mix, 255 * colour.offset]))
     return np.clip(np.rint(changed), 0, 255).astype(np.uint8).reshape(images.shape)
 
-# %% ../../nbs/03_data/13_episodes.ipynb #9e4ad6fb
+# %% ../../nbs/03_data/13_episodes.ipynb #8995a3fe
 def read_clip(record: ClipRecord, model: ModelConfig, indices: Iterable[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
     "All frames (or those at `indices`) of a stored clip at the model's size: images `(T, S, S, 3)` uint8 and landmarks `(T, 68, 2)` float32."
     clip = open_clip(record)
     views = [frame_view(clip.frame(int(index)), clip.landmarks[int(index)], model.image_size) for index in (range(len(clip)) if indices is None else indices)]
     return np.stack([image for image, _ in views]), np.stack([points for _, points in views]).astype(np.float32)
 
-# %% ../../nbs/03_data/13_episodes.ipynb #8995a3fe
+# %% ../../nbs/03_data/13_episodes.ipynb #4f7986e8
 class _Cache:
     "Values by key, up to a number of bytes; the least recently used are forgotten."
     def __init__(self, budget: int):
@@ -116,9 +134,12 @@ class _Cache:
         return self._items[key][0]
 
 class Episode(NamedTuple):
-    "One clip's frames, support first: images `(K + M, S, S, 3)` uint8 and landmarks `(K + M, 68, 2)` float32 in their pixels."
+    "One clip's frames, support first: images `(K + M, S, S, 3)` uint8 and landmarks `(K + M, 68, 2)` float32 in their pixels; then the sound."
     images: np.ndarray
     landmarks: np.ndarray
+    mouth: bool = True                    # False: no lips in the target drawings
+    sounds: np.ndarray | None = None      # (M, C, H, W)
+    stretches: np.ndarray | None = None   # (1 + n, 1, rows, 80)
 
 class EpisodeBatch(NamedTuple):
     "B episodes. Images and drawings are float32 in [-1, 1]; rows of one clip lie together."
@@ -130,69 +151,155 @@ class EpisodeBatch(NamedTuple):
     keys: list[str]                   # (B)
     support: int                      # K
     targets: int                      # M
+    target_sounds: 'torch.Tensor | None' = None  # (B * M, C, H, W), where the model hears
+    sync_sounds: 'torch.Tensor | None' = None    # (B, 1 + n, 1, rows, 80): the sound of the first 5 targets, then n wrong ones
+    mouth: 'torch.Tensor | None' = None          # (B,) bool, where lips may be left out: False = none in the target drawings
 
-# %% ../../nbs/03_data/13_episodes.ipynb #84118edf
+# %% ../../nbs/03_data/13_episodes.ipynb #e4f81987
+SYNC_SHIFT_S = 0.2    # wrong sound is at least so far from the right one, and at most three times as far
+
+def shifted_places(generator: np.random.Generator, place: int, fps: Fraction, length: int, count: int) -> np.ndarray:
+    """Draw where `count` wrong stretches of a clip lie, as frame shifts `(count,)` against the right one.
+
+    `place`: film position of the stretch's first frame; `length`: frames of the clip, sound included, of which every stretch lies inside.
+    Shifts are distinct and 0.2 to 0.6 s long (at least 5 frames); where a clip has fewer, the rest repeats its farthest. Never 0.
+    """
+    near = max(SYNC_FRAMES, math.ceil(SYNC_SHIFT_S * fps))
+    inside = np.arange(-place, length - SYNC_FRAMES - place + 1)
+    allowed = inside[(np.abs(inside) >= near) & (np.abs(inside) <= 3 * near)]
+    chosen = generator.permutation(allowed)[:count]
+    farthest = int(inside[np.abs(inside).argmax()]) if len(inside) else 0
+    if not farthest and len(chosen) < count: raise ValueError(f'a clip of {length} frames has only one stretch of {SYNC_FRAMES}')
+    return np.concatenate([chosen, np.full(count - len(chosen), farthest)]).astype(np.int64)
+
+# %% ../../nbs/03_data/13_episodes.ipynb #f0eae167
+class _Clips:
+    "Stored clips, opened and decoded once, as far as a number of bytes allows."
+    def __init__(self, budget: int): self.cache = _Cache(budget)
+
+    def __reduce__(self) -> tuple: return _Clips, (self.cache.budget,)  # a worker process fills its own
+
+    def open(self, record: ClipRecord) -> StoredClip:
+        return self.cache.get(record.key, lambda: open_clip(record), lambda clip: 1000 * len(clip))  # points, and where each member lies
+
+    def frame(self, record: ClipRecord, index: int) -> np.ndarray:
+        return self.cache.get((record.key, index), lambda: self.open(record).frame(index), lambda image: image.nbytes)
+
+    def samples(self, record: ClipRecord) -> np.ndarray:
+        return self.cache.get((record.key, 'samples'), lambda: self.open(record).audio(), lambda samples: samples.nbytes)
+
+    def logmel(self, record: ClipRecord) -> np.ndarray:
+        return self.cache.get((record.key, 'logmel'), lambda: log_mel_spectrogram(self.open(record).audio()), lambda rows: rows.nbytes)
+
+def _views(frames: Sequence[np.ndarray], landmarks: np.ndarray, size: int, strength: float, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    "Stored frames and points at the network's size, all augmented alike: `(T, size, size, 3)` uint8 and `(T, 68, 2)` float32."
+    moves: dict[str, Any] = {}
+    if strength: moves = dict(affine=random_affine(generator, size, strength), flip=bool(generator.random() < 0.5))
+    pairs = [frame_view(frame, points, size, **moves) for frame, points in zip(frames, landmarks)]
+    images, points = np.stack([image for image, _ in pairs]), np.stack([points for _, points in pairs]).astype(np.float32)
+    return (apply_colour(images, random_colour(generator, strength)) if strength else images), points
+
+def _heard(clips: _Clips, records: list[ClipRecord], record: ClipRecord, targets: np.ndarray, model: ModelConfig, shifts: int,
+           chance: np.random.Generator) -> dict[str, np.ndarray]:
+    "`sounds` and `stretches` of an episode of clip `record` whose targets are the stored frames `targets`, where they are wanted; strangers come from `records`."
+    heard: dict[str, np.ndarray] = {}
+    if not model.hears and not shifts: return heard
+    places, fps = clips.open(record).positions[targets], record.fps
+    times = [Fraction(2 * int(place) + 1, 2) / fps for place in places]
+    if model.sound == 'logmel': heard['sounds'] = logmel_windows(clips.logmel(record), times, model.sound_window)
+    if model.sound == 'thesis_mel': heard['sounds'] = thesis_mel(clips.samples(record), times, fps, model.image_size)
+    if shifts:
+        foreign = shifts // 4 if len(records) > 1 else 0
+        moves = shifted_places(chance, int(places[0]), fps, round(record.seconds * fps), shifts - foreign)
+        windows = [logmel_windows(clips.logmel(record), [times[SYNC_FRAMES // 2] + int(move) / fps for move in (0, *moves)], SYNC_WINDOW_S)]
+        for _ in range(foreign):
+            other = records[int(chance.integers(len(records) - 1))]
+            if other.key == record.key: other = records[-1]  # which was not among those drawn from
+            middle = chance.uniform(SYNC_WINDOW_S / 2, max(SYNC_WINDOW_S, other.seconds - SYNC_WINDOW_S / 2))
+            windows.append(logmel_windows(clips.logmel(other), [middle], SYNC_WINDOW_S))
+        heard['stretches'] = np.concatenate(windows)
+    return heard
+
+# %% ../../nbs/03_data/13_episodes.ipynb #3cf62664
+def _as_batch(keys: list[str], episodes: list[Episode], support: int, model: ModelConfig, lips_vary: bool) -> EpisodeBatch:
+    "Stack episodes with `support` frames each, and draw their landmarks."
+    import torch
+    landmarks = np.stack([episode.landmarks for episode in episodes])                                               # (B, K + M, 68, 2)
+    images = np.stack([episode.images for episode in episodes])                                                     # (B, K + M, S, S, 3)
+    lips = np.stack([(np.arange(landmarks.shape[1]) < support) | episode.mouth for episode in episodes])            # the support always has them
+    drawings = draw_landmarks(landmarks.reshape(-1, 68, 2), model.image_size, model.palette, lips.reshape(-1)).reshape(images.shape)  # all at once: faster
+    parts = [values[:, part].reshape(-1, *values.shape[2:]) for part in (slice(support), slice(support, None)) for values in (images, drawings)]
+    stack = lambda name, join: None if getattr(episodes[0], name) is None else torch.from_numpy(join([getattr(episode, name) for episode in episodes]))
+    return EpisodeBatch(*map(frames_to_tensor, parts), torch.from_numpy(landmarks[:, support:].reshape(-1, 68, 2)), keys, support, landmarks.shape[1] - support,
+                        stack('sounds', np.concatenate), stack('stretches', np.stack), torch.tensor([episode.mouth for episode in episodes]) if lips_vary else None)
+
+# %% ../../nbs/03_data/13_episodes.ipynb #3ecc234d
 class EpisodeSampler:
     """Draw training episodes from a folder of shards or a selection of its manifest.
 
     `clips`: B, episodes per batch; `targets`: M; `support`: the list K is drawn from; `augment`: strength, 0 = off; `keys`: only these clips;
-    `cache_bytes`: limit for decoded frames. Clips with fewer than 2 frames are left out. Raises DataError when none is left.
+    `cache_bytes`: limit for decoded frames and sound. `mouth_drop`: probability that an episode's targets are drawn without lips;
+    `consecutive`: targets are neighbours in the film; `shifts`: n, wrong stretches of sound per episode, a quarter of them
+    from other clips (needs `consecutive` and M >= 5).
+    Clips with fewer than 2 frames (if consecutive: without M frames in a row and one more) are left out; where sound is wanted (`model.sound`, `shifts`) also those without, and stills.
+    Raises DataError when none is left.
     """
     def __init__(self, shards: str | os.PathLike | Manifest, model: ModelConfig, clips: int, targets: int, support: Sequence[int], augment: float = 1.0,
-                 seed: int = 0, keys: Iterable[str] | None = None, cache_bytes: int = 1 << 30):
+                 seed: int = 0, keys: Iterable[str] | None = None, cache_bytes: int = 1 << 30, mouth_drop: float = 0.0, consecutive: bool = False, shifts: int = 0):
+        if shifts and not (consecutive and targets >= SYNC_FRAMES): raise ConfigError(f'shifted sound needs {SYNC_FRAMES} consecutive targets; raise targets')
         manifest = shards if isinstance(shards, Manifest) else read_manifest(shards)
         if keys is not None: manifest = manifest.select(keys=keys)
-        self.records = [record for record in manifest if record.frames >= 2]
-        if not self.records: raise DataError(f'{manifest.folder}: no clip has the two frames that an episode needs; preprocess more videos')
+        hears, least = model.hears or shifts > 0, targets + 1 if consecutive else 2
+        self.records = [record for record in manifest if record.frames >= least and (not hears or record.has_audio and record.fps > 1)]  # stills: 1 a second
+        if not self.records:
+            raise DataError(f'{manifest.folder}: no clip has the {"two" if least == 2 else least} frames{", and the sound," * hears} that an episode needs; '
+                            'preprocess more videos')
         self.model, self.clips, self.targets, self.support, self.augment, self.seed = model, clips, targets, tuple(support), augment, seed
-        self._cache = _Cache(cache_bytes)
+        self.mouth_drop, self.consecutive, self.shifts = mouth_drop, consecutive, shifts
+        self._stored = _Clips(cache_bytes)
+        if consecutive:  # clips without a stretch are left out here: replaced later by a neighbour, that one would be seen more often than others
+            self.records = [record for record in self.records if self._has_stretch(record)]
+            if not self.records:
+                raise DataError(f'{manifest.folder}: no clip has {targets} frames in a row and one more; preprocess videos in which the face is seen without interruption')
 
     @property
     def keys(self) -> list[str]:
         "The clips that episodes are drawn from, sorted."
         return [record.key for record in self.records]
 
-    def _clip(self, record: ClipRecord) -> StoredClip:
-        return self._cache.get(record.key, lambda: open_clip(record), lambda clip: 1000 * len(clip))  # points, and where each member lies
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | dict(_cache=_Cache(self._cache.budget))  # a worker process fills its own
+    def _has_stretch(self, record: ClipRecord) -> bool:
+        "Whether the clip has M stored frames that follow each other in the film; only clips with gaps are opened."
+        return record.frames == round(record.seconds * record.fps) or len(stretch_starts(self._stored.open(record).positions, self.targets)) > 0
 
     def episode(self, record: ClipRecord, support: int, generator: np.random.Generator) -> Episode:
         "Draw one episode of a clip; one augmentation for all its frames."
-        clip, size = self._clip(record), self.model.image_size
-        chosen = np.concatenate(choose_frames(generator, len(clip), support, self.targets))
-        moves: dict[str, Any] = {}
-        if self.augment: moves = dict(affine=random_affine(generator, size, self.augment), flip=bool(generator.random() < 0.5))
-        pairs = []
-        for index in map(int, chosen):
-            frame = self._cache.get((record.key, index), lambda: clip.frame(index), lambda image: image.nbytes)
-            pairs.append(frame_view(frame, clip.landmarks[index], size, **moves))
-        images, landmarks = np.stack([image for image, _ in pairs]), np.stack([points for _, points in pairs]).astype(np.float32)
-        if self.augment: images = apply_colour(images, random_colour(generator, self.augment))
-        return Episode(images, landmarks)
+        clip, (aside,) = self._stored.open(record), generator.spawn(1)  # aside: what the pictures do not depend on
+        choice = choose_stretch(generator, clip.positions, support, self.targets) if self.consecutive else choose_frames(generator, len(clip), support, self.targets)
+        chosen = np.concatenate(choice)
+        views = _views([self._stored.frame(record, int(index)) for index in chosen], clip.landmarks[chosen], self.model.image_size, self.augment, generator)
+        mouth = bool(aside.random() >= self.mouth_drop)
+        return Episode(*views, mouth, **_heard(self._stored, self.records, record, choice.targets, self.model, self.shifts, aside))
 
-    def batch(self, step: int) -> EpisodeBatch:
-        "The batch of training step `step`; depends on nothing but the seed, the step and the data."
-        import torch
+    def batch(self, step: int, slots: range | None = None) -> EpisodeBatch:
+        """The batch of training step `step`; depends on nothing but the seed, the step and the data.
+
+        `slots`: only these of its B episodes, the same to the bit as in the whole batch: for the parts of a batch, on one machine or several.
+        """
         generator = generator_for(self.seed, step)
         support = self.support[int(generator.integers(len(self.support)))]
         chosen = generator.choice(len(self.records), self.clips, replace=self.clips > len(self.records))
-        records = [self.records[int(index)] for index in chosen]
-        episodes = [self.episode(record, support, generator_for(self.seed, step, slot)) for slot, record in enumerate(records)]
-        landmarks = np.stack([episode.landmarks for episode in episodes])                                               # (B, K + M, 68, 2)
-        images = np.stack([episode.images for episode in episodes])                                                     # (B, K + M, S, S, 3)
-        drawings = draw_landmarks(landmarks.reshape(-1, 68, 2), self.model.image_size, self.model.palette).reshape(images.shape)  # all at once: faster
-        parts = [values[:, part].reshape(-1, *values.shape[2:]) for part in (slice(support), slice(support, None)) for values in (images, drawings)]
-        return EpisodeBatch(*map(frames_to_tensor, parts), torch.from_numpy(landmarks[:, support:].reshape(-1, 68, 2)),
-                            [record.key for record in records], support, self.targets)
+        slots = range(self.clips) if slots is None else slots
+        if not slots or min(slots) < 0 or max(slots) >= self.clips: raise ValueError(f'{slots}: slots of a batch of {self.clips} episodes are 0 .. {self.clips - 1}')
+        records = [self.records[int(chosen[slot])] for slot in slots]
+        episodes = [self.episode(record, support, generator_for(self.seed, step, slot)) for slot, record in zip(slots, records)]
+        return _as_batch([record.key for record in records], episodes, support, self.model, self.mouth_drop > 0)
 
-# %% ../../nbs/03_data/13_episodes.ipynb #49f4553e
+# %% ../../nbs/03_data/13_episodes.ipynb #d3ed0ed3
 class _Steps:
     "Batches by step, the way torch's DataLoader asks for them."
-    def __init__(self, sampler: EpisodeSampler): self.sampler = sampler
+    def __init__(self, sampler: EpisodeSampler, slots: range | None): self.sampler, self.slots = sampler, slots
     def __getitem__(self, step: int) -> EpisodeBatch | DataError:
-        try: return self.sampler.batch(step)
+        try: return self.sampler.batch(step, self.slots)
         except DataError as error: return error  # raised there, it would arrive as a page of traceback
 
 def _as_it_is(batch: Any) -> Any: return batch
@@ -201,17 +308,19 @@ def _start_loader(worker: int) -> None:
     "Runs first in every worker process."
     from torch.utils.data import get_worker_info
     info = get_worker_info()
-    info.dataset.sampler._cache.budget //= info.num_workers
+    info.dataset.sampler._stored.cache.budget //= info.num_workers
     cv2.setNumThreads(1)
 
-def stream_batches(sampler: EpisodeSampler, first: int, last: int, workers: int = 0) -> Iterator[EpisodeBatch]:
+def stream_batches(sampler: EpisodeSampler, first: int, last: int, workers: int = 0, slots: range | None = None) -> Iterator[EpisodeBatch]:
     """Yield the batches of the steps first .. last-1 in order, drawn ahead by `workers` processes (0: here, when they are asked for).
 
-    The batches are the same for any number of workers. Close the iterator, or let it run out, to end them. Raises DataError as `EpisodeSampler.batch`.
+    `slots`: only these episodes of each batch. The batches are the same for any number of workers. Close the iterator, or let it run out, to end them. Raises DataError as `EpisodeSampler.batch`.
     """
-    if not workers: yield from map(sampler.batch, range(first, last)); return
+    if not workers:
+        for step in range(first, last): yield sampler.batch(step, slots)
+        return
     from torch.utils.data import DataLoader
-    loader = DataLoader(_Steps(sampler), batch_size=None, sampler=range(first, last), num_workers=workers, collate_fn=_as_it_is,
+    loader = DataLoader(_Steps(sampler, slots), batch_size=None, sampler=range(first, last), num_workers=workers, collate_fn=_as_it_is,
                         worker_init_fn=_start_loader, multiprocessing_context='spawn')
     for batch in loader:
         if isinstance(batch, DataError): raise batch

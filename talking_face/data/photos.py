@@ -6,32 +6,41 @@
 from __future__ import annotations
 
 import itertools, os
+from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from ..config import PhotosConfig
+from ..config import ModelConfig, PhotosConfig
 from ..core import ConfigError, DataError, MediaError, NoFaceError
 from .shards import open_clip, read_manifest
 from ..signals.detectors import make_detector
 from ..signals.geometry import clip_crop, frame_crop, transform_points, warp_image
 from ..signals.landmarks import LandmarkDetector, detect_face, track_face
-from ..signals.media import iterate_video, list_media, media_kind, read_image
+from ..signals.media import VideoFrame, iterate_video, list_media, media_kind, probe_video, read_image
+from ..signals.sound import read_audio
+from ..signals.sound_inputs import sound_inputs
 
 # %% auto #0
-__all__ = ['Photos', 'spread', 'photos_from_images', 'photos_from_video', 'photos_from_shards', 'load_photos']
+__all__ = ['Photos', 'spread', 'padded_margin', 'photos_from_images', 'photos_from_video', 'photos_from_shards', 'load_photos']
 
 # %% ../../nbs/03_data/14_photos.ipynb #46f64e9c
 class Photos(NamedTuple):
     "T square crops of one person with their landmarks in the crops' own pixels."
-    images: np.ndarray     # (T, R, R, 3) uint8
-    landmarks: np.ndarray  # (T, 68, 2) float32
+    images: np.ndarray                # (T, R, R, 3) uint8
+    landmarks: np.ndarray             # (T, 68, 2) float32
+    sounds: np.ndarray | None = None  # (T, C, H, W) float32, what a sound embedder hears at these moments; None: nobody knows
+    margin: float | None = None       # side of the crops in units of the landmarks' extent; None: as the model was trained
+
+    def select(self, indices: np.ndarray | list[int]) -> 'Photos':
+        "Those at `indices`, in that order."
+        return self._replace(images=self.images[indices], landmarks=self.landmarks[indices], sounds=None if self.sounds is None else self.sounds[indices])
 
     def choose(self, count: int) -> 'Photos':
         "`count` of them, spread evenly; all where `count` is 0 or at least T."
-        indices = spread(len(self.images), count)
-        return Photos(self.images[indices], self.landmarks[indices])
+        return self.select(spread(len(self.images), count))
 
 def spread(total: int, count: int) -> np.ndarray:
     "`count` indices of `total`, evenly from first to last; all where `count` is 0 or at least `total`; the middle one for a count of 1."
@@ -39,60 +48,87 @@ def spread(total: int, count: int) -> np.ndarray:
     return np.linspace(0, total - 1, count).round().astype(int) if count > 1 else np.array([total // 2])
 
 # %% ../../nbs/03_data/14_photos.ipynb #39454417
-def photos_from_images(paths: list[Path], size: int, margin: float, detector: LandmarkDetector, face: str = 'one') -> Photos:
-    "One crop per picture, side `size`. A picture without a usable face raises NoFaceError or SeveralFacesError with its name."
-    images, landmarks = [], []
+def padded_margin(landmarks: np.ndarray, padding: int) -> float:
+    "The margin of a crop that leaves `padding` source pixels on each side of the longer side of the landmarks' box; landmarks `(T, 68, 2)`, of which the median counts."
+    landmarks = landmarks[np.isfinite(landmarks).all((1, 2))]
+    return 1 + 2 * padding / float(np.median((landmarks.max(1) - landmarks.min(1)).max(1)))
+
+# %% ../../nbs/03_data/14_photos.ipynb #af3cf3ad
+def photos_from_images(paths: list[Path], size: int, margin: float, detector: LandmarkDetector, face: str = 'one', padding: int = 0) -> Photos:
+    """One crop per picture, side `size`; with `padding` the margin is that of `padded_margin`, for each picture its own.
+
+    A picture without a usable face raises NoFaceError or SeveralFacesError with its name.
+    """
+    images, landmarks, margins = [], [], []
     for path in paths:
         image = read_image(path)
         points = detect_face(image, detector, face, str(path)).landmarks
-        matrix = frame_crop(points, margin).matrix(size)
+        margins.append(padded_margin(points[None], padding) if padding else margin)
+        matrix = frame_crop(points, margins[-1]).matrix(size)
         images.append(warp_image(image, matrix, size)); landmarks.append(transform_points(points, matrix))
-    return Photos(np.stack(images), np.stack(landmarks).astype(np.float32))
+    return Photos(np.stack(images), np.stack(landmarks).astype(np.float32), margin=float(np.median(margins)))
 
-def photos_from_video(path: Path, size: int, margin: float, detector: LandmarkDetector, face: str = 'one', count: int = 0, seconds: tuple[float, ...] = ()) -> Photos:
-    "`count` frames spread evenly over the video (or its part from `seconds[0]` to `seconds[1]`) in which the face was found, with one crop for all."
-    def part():
-        for frame in iterate_video(path):
-            if seconds and frame.time_s >= seconds[1]: return
-            if not seconds or frame.time_s >= seconds[0]: yield frame.image
-    track = track_face(part(), detector, face, str(path))
+# %% ../../nbs/03_data/14_photos.ipynb #85bb5fbf
+def photos_from_video(path: Path, size: int, margin: float, detector: LandmarkDetector, face: str = 'one', count: int = 0, seconds: tuple[float, ...] = (),
+                      padding: int = 0, model: ModelConfig | None = None) -> Photos:
+    """`count` frames spread evenly over the video (or its part from `seconds[0]` to `seconds[1]`) in which the face was found, with one crop for all.
+
+    With their sounds where `model` hears and the video has some.
+    """
+    times_s = []
+    def part() -> Iterator[VideoFrame]: return iterate_video(path, start_s=seconds[0] if seconds else 0, end_s=seconds[1] if seconds else None)
+    def images() -> Iterator[np.ndarray]:
+        for frame in part(): times_s.append(frame.time_s); yield frame.image
+    track, info = track_face(images(), detector, face, str(path)), probe_video(path)
     found = np.flatnonzero(np.isfinite(track.landmarks[:, 0, 0]))
     if not len(found): raise NoFaceError(f'{path}: no face found in {len(track.landmarks)} frames; use a clip with a frontal face, or another --detector')
+    if padding: margin = padded_margin(track.landmarks, padding)
     matrix = clip_crop(track.landmarks, margin).matrix(size)
     chosen = found[spread(len(found), count)]
     wanted = set(chosen.tolist())
-    frames = itertools.islice(part(), int(chosen[-1]) + 1)
-    images = [warp_image(image, matrix, size) for index, image in enumerate(frames) if index in wanted]
-    return Photos(np.stack(images), transform_points(track.landmarks[chosen], matrix).astype(np.float32))
+    frames = [warp_image(frame.image, matrix, size) for index, frame in enumerate(itertools.islice(part(), int(chosen[-1]) + 1)) if index in wanted]
+    middles = [times_s[index] + 1 / (2 * info.fps) for index in chosen]
+    heard = sound_inputs(read_audio(path), middles, model, info.fps) if model and model.hears and info.has_audio else None
+    return Photos(np.stack(frames), transform_points(track.landmarks[chosen], matrix).astype(np.float32), heard, margin)
 
-def photos_from_shards(folder: Path, key: str, margin: float, count: int = 0, seconds: tuple[float, ...] = ()) -> Photos:
-    "Stored crops of a clip in shards, spread evenly over it or over a part of it. Shards with another margin raise DataError."
+# %% ../../nbs/03_data/14_photos.ipynb #94eef75e
+def photos_from_shards(folder: Path, key: str, margin: float, count: int = 0, seconds: tuple[float, ...] = (), model: ModelConfig | None = None) -> Photos:
+    """Stored crops of a clip in shards, spread evenly over it or over a part of it, with their sounds where `model` hears and the clip has some.
+
+    Shards with another margin raise DataError.
+    """
     records = {record.key: record for record in read_manifest(folder)}
     if key not in records: raise DataError(f'{folder}: has no clip {key!r}; choose one with --clip: {", ".join(list(records)[:6])}{", ..." if len(records) > 6 else ""}')
-    clip = open_clip(records[key])
+    clip, fps = open_clip(records[key]), records[key].fps
     if clip.info.get('margin') != margin:
         raise DataError(f'{folder}: its crops have margin {clip.info.get("margin")}, the model needs {margin}; preprocess the videos with --margin {margin}')
-    times_s = clip.positions / float(records[key].fps)
+    times_s = clip.positions / float(fps)
     usable = np.flatnonzero((times_s >= seconds[0]) & (times_s < seconds[1])) if seconds else np.arange(len(clip))
     if not len(usable): raise DataError(f'{folder}: clip {key} has no frames between {seconds[0]:g} and {seconds[1]:g} s; it is {records[key].seconds:.2f} s long')
     chosen = usable[spread(len(usable), count)]
-    return Photos(clip.frames(chosen), clip.landmarks[chosen])
+    middles = [(int(clip.positions[index]) + Fraction(1, 2)) / fps for index in chosen]
+    heard = sound_inputs(clip.audio(), middles, model, fps) if model and model.hears and records[key].has_audio else None
+    return Photos(clip.frames(chosen), clip.landmarks[chosen], heard, margin)
 
-# %% ../../nbs/03_data/14_photos.ipynb #2d8ae24e
-def load_photos(paths: list[str | os.PathLike], config: PhotosConfig, size: int, margin: float) -> Photos:
+# %% ../../nbs/03_data/14_photos.ipynb #721bc009
+def load_photos(paths: list[str | os.PathLike], config: PhotosConfig, size: int, margin: float, padding: int = 0, model: ModelConfig | None = None) -> Photos:
     """The T photos that `paths` and the config name: pictures, folders of pictures, one video, or one folder of shards with `config.clip`.
 
-    `size` is the side of the crops in pixels, `margin` the crop's side in units of the landmarks' extent; both must be the training's.
+    Where there are fewer than `config.shots`, all of them. `size` is the side of the crops in pixels, `margin` the crop's side in units of the
+    landmarks' extent; both must be the training's. `padding` (pixels of the source, 0 = off) crops as the thesis does instead; the photos' own
+    `margin` then says how wide that is. `model`: where it hears, photos from a film bring their sounds.
     """
     paths = [Path(path) for path in paths]
-    if len(paths) == 1 and any(paths[0].glob('manifest*.jsonl')): return photos_from_shards(paths[0], config.clip, margin, config.shots, config.seconds)
+    if len(paths) == 1 and any(paths[0].glob('manifest*.jsonl')):
+        if padding: raise ConfigError(f'padding = {padding}: {paths[0]} holds crops, whose source pixels are gone; give the video or pictures themselves')
+        return photos_from_shards(paths[0], config.clip, margin, config.shots, config.seconds, model)
     if config.clip: raise ConfigError(f'clip = {config.clip!r} is for a folder of shards, but {paths[0]} is none')
     files = list_media(paths, kinds=('image', 'video'))
     if not files: raise MediaError(f'{", ".join(map(str, paths))}: no pictures or videos in there; give photos of one person')
     detector = make_detector(config.detector, config.weights)
     try:
         videos = [path for path in files if media_kind(path) == 'video']
-        if not videos: return photos_from_images([files[index] for index in spread(len(files), config.shots)], size, margin, detector, config.face)
+        if not videos: return photos_from_images([files[index] for index in spread(len(files), config.shots)], size, margin, detector, config.face, padding)
         if len(files) > 1: raise MediaError(f'{videos[0]}: a video is given together with other files; give photos, or one video')
-        return photos_from_video(videos[0], size, margin, detector, config.face, config.shots, config.seconds)
+        return photos_from_video(videos[0], size, margin, detector, config.face, config.shots, config.seconds, padding, model)
     finally: detector.close()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig
 from ..core import ConfigError
-from ..networks.layers import DownBlock, ResidualBlock, SelfAttention, check_shape
+from ..networks.layers import OURS, STYLES, BlockStyle, DownBlock, ResidualBlock, SelfAttention, check_shape, run_block
 
 # %% auto #0
 __all__ = ['trunk_channels', 'attention_place', 'Trunk', 'pool_positions', 'Embedder', 'mean_embedding']
@@ -35,45 +35,51 @@ def attention_place(size: int, sizes: list[int], network: str) -> int:
 class Trunk(nn.Module):
     """The convolutions of E and D: frame and drawing (B, 3, S, S) each to a list of maps, the outputs of every residual block.
 
-    The last map is (B, N, 4, 4). `extra` appends the discriminator's residual block at 4 x 4.
+    The last map is (B, N, 4, 4). `extra` appends the discriminator's residual block at 4 x 4; `channels` of the input, 6 for frame and drawing.
     Source: Zakharov et al. 2019, section 3.1; widths as in BigGAN, from `width` up to `maximum_channels`.
     """
 
-    def __init__(self, config: ModelConfig, width: int, spectral: bool, extra: bool = False):
+    def __init__(self, config: ModelConfig, width: int, spectral: bool, extra: bool = False, channels: int = 6):
         super().__init__()
-        self.image_size = config.image_size
-        channels = [6, *trunk_channels(config, width)]
-        self.blocks = nn.ModuleList(DownBlock(a, b, spectral, first=not index) for index, (a, b) in enumerate(zip(channels, channels[1:])))
+        self.image_size, self.channels, style = config.image_size, channels, STYLES[config.details]
+        widths = [channels, *trunk_channels(config, width)]
+        self.blocks = nn.ModuleList(DownBlock(a, b, spectral, first=not index, style=style) for index, (a, b) in enumerate(zip(widths, widths[1:])))
         self.attention_after, self.attention = -1, None
         if config.attention:
             self.attention_after = attention_place(32, [config.image_size >> (index + 1) for index in range(len(self.blocks))], 'a down path')
-            self.attention = SelfAttention(channels[1 + self.attention_after], spectral)
-        if extra: self.blocks.append(ResidualBlock(config.embedding_size, spectral))
+            self.attention = SelfAttention(widths[1 + self.attention_after], spectral, style=style)
+        if extra: self.blocks.append(ResidualBlock(config.embedding_size, spectral, style))
+
+    def maps(self, x: Tensor) -> list[Tensor]:
+        "The output of every residual block for pictures (B, channels, S, S) of any kind."
+        check_shape('pictures', x, batch=None, channels=self.channels, height=self.image_size, width=self.image_size)
+        maps = []
+        for index, block in enumerate(self.blocks):
+            x = run_block(block, x); maps.append(x)
+            if index == self.attention_after: x = run_block(self.attention, x)
+        return maps
 
     def forward(self, images: Tensor, drawings: Tensor) -> list[Tensor]:
         side = self.image_size
         check_shape('images', images, batch=None, channels=3, height=side, width=side)
         check_shape('drawings', drawings, batch=images.shape[0], channels=3, height=side, width=side)
-        x, maps = torch.cat([images, drawings], 1), []
-        for index, block in enumerate(self.blocks):
-            x = block(x); maps.append(x)
-            if index == self.attention_after: x = self.attention(x)
-        return maps
+        return self.maps(torch.cat([images, drawings], 1))
 
 # %% ../../nbs/05_few_shot/00_embedders.ipynb #096bfc3c
-def pool_positions(x: Tensor, pooling: str) -> Tensor:
-    """A map (B, N, H, W) to a vector (B, N) in single precision, no entry negative.
+def pool_positions(x: Tensor, pooling: str, style: BlockStyle = OURS) -> Tensor:
+    """A map (B, N, H, W) to a vector (B, N) in single precision, no entry negative (published style: below zero a hundredth).
 
-    `sum`: sum over positions, then ReLU, as in the paper; `mean`: ReLU, then mean over positions.
+    `sum` or `max` over positions, then the activation; `mean`: activation, then mean over positions (published style: mean first).
     """
     x = x.float()
-    return F.relu(x.sum((2, 3))) if pooling == 'sum' else F.relu(x).mean((2, 3))
+    if pooling == 'mean' and not style.pool_first: return style.activate(x).mean((2, 3))
+    return style.activate({'sum': torch.sum, 'mean': torch.mean, 'max': torch.amax}[pooling](x, (2, 3)))
 
 # %% ../../nbs/05_few_shot/00_embedders.ipynb #30e79915
 class Embedder(nn.Module):
     """E(x, y; phi): frames and their landmark drawings to identity embeddings.
 
-    `forward(images, drawings)`: both (B, 3, S, S) in [-1, 1]; returns (B, N), single precision, no entry negative.
+    `forward(images, drawings)`: both (B, 3, S, S) in [-1, 1]; returns (B, N), single precision, no entry negative (published details: hardly).
     Frames are independent of each other; average those of one person with `mean_embedding`.
     Source: Zakharov et al. 2019, section 3.1.
     """
@@ -84,7 +90,7 @@ class Embedder(nn.Module):
         self.trunk = Trunk(config, config.embedder_width, config.spectral_norm)
 
     def forward(self, images: Tensor, drawings: Tensor) -> Tensor:
-        return pool_positions(self.trunk(images, drawings)[-1], self.config.pooling)
+        return pool_positions(self.trunk(images, drawings)[-1], self.config.pooling, STYLES[self.config.details])
 
 def mean_embedding(embeddings: Tensor, support: int) -> Tensor:
     """The embedding of each person, averaged over `support` = K frames: (B * K, N) to (B, N).

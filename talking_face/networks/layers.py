@@ -6,19 +6,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.utils.checkpoint import checkpoint
 
 # %% auto #0
-__all__ = ['EPSILON', 'RESIDUAL_SCALE', 'check_shape', 'adain', 'InstanceNorm', 'settle_spectral_norm', 'with_spectral_norm',
-           'frozen', 'fold_spectral_norm', 'convolution', 'DownBlock', 'ResidualBlock', 'AdaptiveResidualBlock',
-           'AdaptiveUpBlock', 'SelfAttention']
+__all__ = ['EPSILON', 'RESIDUAL_SCALE', 'OURS', 'PUBLISHED', 'STYLES', 'check_shape', 'adain', 'InstanceNorm',
+           'settle_spectral_norm', 'with_spectral_norm', 'frozen', 'fold_spectral_norm', 'BlockStyle', 'convolution',
+           'DownBlock', 'ResidualBlock', 'AdaptiveResidualBlock', 'AdaptiveUpBlock', 'without_autocast',
+           'SelfAttention', 'run_block', 'set_checkpointing']
 
 # %% ../../nbs/04_networks/00_layers.ipynb #72977cef
 def check_shape(name: str, tensor: Tensor, **axes: int | None) -> None:
@@ -74,16 +76,17 @@ class _Adain(torch.autograd.Function):
         return to_x, to_scale.squeeze(dim), to_shift.squeeze(dim)
 
 # %% ../../nbs/04_networks/00_layers.ipynb #0123e1ae
-def adain(x: Tensor, psi_slice: Tensor) -> Tensor:
-    """Adaptive instance normalisation: (1 + delta) * (x - mean) / sqrt(variance + 1e-5) + shift.
+def adain(x: Tensor, psi_slice: Tensor, neutral: float = 1.0) -> Tensor:
+    """Adaptive instance normalisation: (neutral + delta) * (x - mean) / sqrt(variance + 1e-5) + shift.
 
     `x` (B, C, H, W), any floating type and memory format, both kept; `psi_slice` (B, 2C): delta of every channel, then shift.
+    `neutral` is the scale where delta is 0: 1, or 0 where the numbers are scales themselves, as in published code.
     Statistics are taken per picture and channel in single precision (double for doubles). Differentiable once.
     Raises ValueError on other shapes. Source: Huang and Belongie 2017, equation 8, with scale = 1 + delta.
     """
     check_shape('psi slice', psi_slice, batch=x.shape[0], parameters=2 * x.shape[1])
     delta, shift = psi_slice.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, 1)
-    return _Adain.apply(x, 1 + delta, shift)
+    return _Adain.apply(x, neutral + delta, shift)
 
 # %% ../../nbs/04_networks/00_layers.ipynb #e09f1383
 class InstanceNorm(nn.Module):
@@ -116,8 +119,9 @@ def with_spectral_norm(layer: nn.Module) -> nn.Module:
     """Divide the weight of a convolution or linear layer by its largest singular value, from the first forward pass on.
 
     In `train()` mode every use makes one power iteration; in `eval()` mode the stored vectors stand still. They are part of the state dict.
+    On torch's meta device, where tensors have shapes but no numbers, the layer is left as it is: networks built there are for counting.
     """
-    return settle_spectral_norm(spectral_norm(layer))
+    return layer if layer.weight.is_meta else settle_spectral_norm(spectral_norm(layer))
 
 # %% ../../nbs/04_networks/00_layers.ipynb #7f14e79b
 @contextlib.contextmanager
@@ -150,6 +154,39 @@ def fold_spectral_norm(module: nn.Module) -> nn.Module:
 # %% ../../nbs/04_networks/00_layers.ipynb #8cffed69
 RESIDUAL_SCALE = 0.5**0.5  # of the sum of two branches of equal variance
 
+class BlockStyle(NamedTuple):
+    "What the inside of a block leaves open. The defaults are ours."
+    slope: float = 0.0                     # of the activation below zero; 0 = ReLU
+    first_kernel: int = 3                  # side of the kernels in the first down block of the generator
+    biases: bool = False                   # a bias in every convolution, also in skip paths, in attention and where a norm removes it
+    norm_behind: bool = False              # instance norm behind the generator's down blocks instead of before their convolutions
+    branch_scale: float = RESIDUAL_SCALE   # of the sum of two branches without norm and spectral norm
+    upsampling: str = 'nearest'
+    neutral_scale: float = 1.0             # AdaIN's scale where psi is 0
+    pool_first: bool = False               # mean over positions before the activation
+    output: str = 'tanh'                   # of the last convolution to a picture in [-1, 1]
+    output_gain: float = 0.08              # start of the last convolution: near grey, far from the ends of tanh
+    spectral_ends: bool = True             # spectral norm, where it is on, also of the last convolution and of P
+
+    def activate(self, x: Tensor, inplace: bool = False) -> Tensor:
+        "ReLU, or leaky ReLU where there is a slope."
+        inplace = inplace and not torch.compiler.is_compiling()  # the compiler reuses memory by itself, and stumbles here
+        return F.leaky_relu(x, self.slope, inplace) if self.slope else F.relu(x, inplace)
+
+    def upsample(self, x: Tensor) -> Tensor:
+        "(B, C, H, W) to (B, C, 2H, 2W)."
+        return F.interpolate(x, scale_factor=2, mode=self.upsampling)
+
+    def picture(self, x: Tensor) -> Tensor:
+        "Any number to [-1, 1]: tanh, or the sigmoid's [0, 1] stretched."
+        return torch.tanh(x) if self.output == 'tanh' else 2 * torch.sigmoid(x) - 1
+
+OURS = BlockStyle()
+PUBLISHED = BlockStyle(slope=0.01, first_kernel=9, biases=True, norm_behind=True, branch_scale=1.0, upsampling='bilinear', neutral_scale=0.0,
+                       pool_first=True, output='sigmoid', output_gain=0.956, spectral_ends=False)  # 0.956: Xavier's start for 32 to 3 channels
+STYLES = {'ours': OURS, 'published': PUBLISHED}  # by ModelConfig.details
+
+# %% ../../nbs/04_networks/00_layers.ipynb #02cd1696
 def convolution(inputs: int, outputs: int, kernel: int = 3, spectral: bool = False, bias: bool = True, gain: float = 0.8) -> nn.Conv2d:
     """A convolution that keeps height and width: (B, inputs, H, W) to (B, outputs, H, W).
 
@@ -161,84 +198,100 @@ def convolution(inputs: int, outputs: int, kernel: int = 3, spectral: bool = Fal
     if bias: nn.init.zeros_(layer.bias)
     return with_spectral_norm(layer) if spectral else layer
 
-# %% ../../nbs/04_networks/00_layers.ipynb #02cd1696
-class DownBlock(nn.Module):
+# %% ../../nbs/04_networks/00_layers.ipynb #f21cc3e8
+class _Block(nn.Module):
+    "Base of what `set_checkpointing` switches."
+    checkpointing = False
+
+class DownBlock(_Block):
     """Residual down block: (B, inputs, H, W) to (B, outputs, H/2, W/2), H and W even.
 
-    `first`: the input is a picture, so no leading norm and ReLU; `norm`: ordinary instance norm before each 3 x 3 convolution.
+    `first`: the input is a picture, so no leading norm and activation; `norm`: ordinary instance norm before each convolution of the main path
+    (in the published style once, behind the block); `kernel`: side of the main path's convolutions.
     """
 
-    def __init__(self, inputs: int, outputs: int, spectral: bool = False, first: bool = False, norm: bool = False):
+    def __init__(self, inputs: int, outputs: int, spectral: bool = False, first: bool = False, norm: bool = False, kernel: int = 3,
+                 style: BlockStyle = OURS):
         super().__init__()
-        self.first, self.scale = first, 1.0 if spectral or norm and not first else RESIDUAL_SCALE
-        self.norm1 = InstanceNorm(inputs) if norm and not first else nn.Identity()
-        self.conv1 = convolution(inputs, outputs, spectral=spectral, bias=not norm)
-        self.norm2 = InstanceNorm(outputs) if norm else nn.Identity()
-        self.conv2 = convolution(outputs, outputs, spectral=spectral, bias=not norm)
-        self.skip = convolution(inputs, outputs, 1, spectral=spectral, bias=False)  # conv2's bias serves both
+        before, behind = norm and not style.norm_behind, norm and style.norm_behind
+        self.style, self.first, self.scale = style, first, 1.0 if spectral or norm and not first else style.branch_scale
+        self.norm1 = InstanceNorm(inputs) if before and not first else nn.Identity()
+        self.conv1 = convolution(inputs, outputs, kernel, spectral, bias=style.biases or not norm)
+        self.norm2 = InstanceNorm(outputs) if before else nn.Identity()
+        self.conv2 = convolution(outputs, outputs, kernel, spectral, bias=style.biases or not norm)
+        self.skip = convolution(inputs, outputs, 1, spectral, bias=style.biases)  # else conv2's bias serves both
+        self.norm_behind = InstanceNorm(outputs) if behind else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        main = x if self.first else F.relu(self.norm1(x))
-        main = self.conv2(F.relu(self.norm2(self.conv1(main)), inplace=True))  # in place: nobody else holds that tensor
-        main = F.avg_pool2d(main, 2).add_(self.skip(F.avg_pool2d(x, 2)))       # pool before the 1 x 1 convolution
-        return main if self.scale == 1 else main.mul_(self.scale)
+        activate = self.style.activate
+        main = x if self.first else activate(self.norm1(x))
+        main = self.conv2(activate(self.norm2(self.conv1(main)), inplace=True))  # in place: nobody else holds that tensor
+        main = F.avg_pool2d(main, 2).add_(self.skip(F.avg_pool2d(x, 2)))         # pool before the 1 x 1 convolution
+        return self.norm_behind(main if self.scale == 1 else main.mul_(self.scale))
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(_Block):
     "Residual block of one size without norm: (B, channels, H, W) to the same shape."
 
-    def __init__(self, channels: int, spectral: bool = False):
+    def __init__(self, channels: int, spectral: bool = False, style: BlockStyle = OURS):
         super().__init__()
-        self.scale = 1.0 if spectral else RESIDUAL_SCALE
+        self.style, self.scale = style, 1.0 if spectral else style.branch_scale
         self.conv1, self.conv2 = (convolution(channels, channels, spectral=spectral) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        total = x + self.conv2(F.relu(self.conv1(F.relu(x)), inplace=True))
+        activate = self.style.activate
+        total = x + self.conv2(activate(self.conv1(activate(x)), inplace=True))
         return total if self.scale == 1 else total.mul_(self.scale)
 
-# %% ../../nbs/04_networks/00_layers.ipynb #f21cc3e8
-class AdaptiveResidualBlock(nn.Module):
+# %% ../../nbs/04_networks/00_layers.ipynb #4a8a4182
+class AdaptiveResidualBlock(_Block):
     "Residual block with AdaIN: (B, channels, H, W) to the same shape; two slices of psi, each (B, 2 * channels)."
 
-    def __init__(self, channels: int, spectral: bool = False):
+    def __init__(self, channels: int, spectral: bool = False, style: BlockStyle = OURS):
         super().__init__()
-        self.psi_channels = (channels, channels)
-        self.conv1, self.conv2 = (convolution(channels, channels, spectral=spectral, bias=False) for _ in range(2))
+        self.style, self.psi_channels = style, (channels, channels)
+        self.conv1, self.conv2 = (convolution(channels, channels, spectral=spectral, bias=style.biases) for _ in range(2))
 
     def forward(self, x: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        main = self.conv1(F.relu(adain(x, first), inplace=True))
-        return self.conv2(F.relu(adain(main, second), inplace=True)).add_(x)
+        activate, neutral = self.style.activate, self.style.neutral_scale
+        main = self.conv1(activate(adain(x, first, neutral), inplace=True))
+        return self.conv2(activate(adain(main, second, neutral), inplace=True)).add_(x)
 
-class AdaptiveUpBlock(nn.Module):
+class AdaptiveUpBlock(_Block):
     """Residual up block with AdaIN: (B, inputs, H, W) to (B, outputs, 2H, 2W); slices of psi (B, 2 * inputs) and (B, 2 * outputs).
 
     `drawn` channels of a drawing (B, drawn, 2H, 2W) are concatenated before the first convolution; 0 = none.
     """
 
-    def __init__(self, inputs: int, outputs: int, spectral: bool = False, drawn: int = 0):
+    def __init__(self, inputs: int, outputs: int, spectral: bool = False, drawn: int = 0, style: BlockStyle = OURS):
         super().__init__()
-        self.psi_channels = (inputs, outputs)
-        self.conv1 = convolution(inputs + drawn, outputs, spectral=spectral, bias=False)
-        self.conv2 = convolution(outputs, outputs, spectral=spectral, bias=False)
-        self.skip = convolution(inputs, outputs, 1, spectral=spectral, bias=False)
+        self.style, self.psi_channels = style, (inputs, outputs)
+        self.conv1 = convolution(inputs + drawn, outputs, spectral=spectral, bias=style.biases)
+        self.conv2 = convolution(outputs, outputs, spectral=spectral, bias=style.biases)
+        self.skip = convolution(inputs, outputs, 1, spectral=spectral, bias=style.biases)
 
     def forward(self, x: Tensor, first: Tensor, second: Tensor, drawing: Tensor | None = None) -> Tensor:
-        main = F.interpolate(F.relu(adain(x, first), inplace=True), scale_factor=2)
+        activate, upsample, neutral = self.style.activate, self.style.upsample, self.style.neutral_scale
+        main = upsample(activate(adain(x, first, neutral), inplace=True))
         if drawing is not None: main = torch.cat([main, drawing.to(main.dtype)], 1)  # the cast keeps half precision half
-        main = F.relu(adain(self.conv1(main), second), inplace=True)
-        return self.conv2(main).add_(F.interpolate(self.skip(x), scale_factor=2))     # 1 x 1 convolution before repeating pixels
+        main = activate(adain(self.conv1(main), second, neutral), inplace=True)
+        return self.conv2(main).add_(upsample(self.skip(x)))                          # 1 x 1 convolution before enlarging
 
-# %% ../../nbs/04_networks/00_layers.ipynb #4a8a4182
-class SelfAttention(nn.Module):
+# %% ../../nbs/04_networks/00_layers.ipynb #187adfdd
+def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
+    "A context in which autocast is off for the device of `tensor` (torch's meta device has none to switch off)."
+    return contextlib.nullcontext() if tensor.device.type == 'meta' else torch.autocast(tensor.device.type, enabled=False)
+
+class SelfAttention(_Block):
     """x + gamma * attention(x): (B, C, H, W) to the same shape and type; gamma starts at 0.
 
     Keys f and queries g have channels // `reduction` channels, at least 1. Source: Zhang et al. 2018 (SAGAN), equations 1 to 3.
     """
 
-    def __init__(self, channels: int, spectral: bool = False, reduction: int = 8):
+    def __init__(self, channels: int, spectral: bool = False, reduction: int = 8, style: BlockStyle = OURS):
         super().__init__()
-        narrow = max(channels // reduction, 1)
-        self.key, self.query = (convolution(channels, narrow, 1, spectral=spectral, bias=False, gain=0.5**0.5) for _ in range(2))
-        self.value = convolution(channels, channels, 1, spectral=spectral, bias=False, gain=0.5**0.5)
+        narrow, options = max(channels // reduction, 1), dict(spectral=spectral, bias=style.biases, gain=0.5**0.5)
+        self.key, self.query = (convolution(channels, narrow, 1, **options) for _ in range(2))
+        self.value = convolution(channels, channels, 1, **options)
         self.gamma = nn.Parameter(torch.zeros(1))
 
     def _positions(self, x: Tensor) -> list[Tensor]:
@@ -249,10 +302,64 @@ class SelfAttention(nn.Module):
     def attention_map(self, x: Tensor) -> Tensor:
         "The weights a (B, HW, HW): row i says where position i looks, and sums to 1. For pictures and tests; `forward` does not build it."
         query, key, _ = self._positions(x)
-        with torch.autocast(x.device.type, enabled=False): return (query @ key.transpose(1, 2)).softmax(-1)
+        with without_autocast(x): return (query @ key.transpose(1, 2)).softmax(-1)
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = self._positions(x)
-        with torch.autocast(x.device.type, enabled=False):
-            looked_up = self.gamma * F.scaled_dot_product_attention(query, key, value, scale=1.0)
+        kind = x.device.type
+        low = torch.get_autocast_dtype(kind) if kind == 'cpu' and torch.is_autocast_enabled(kind) else None
+        with without_autocast(x):
+            if low is None: looked_up = F.scaled_dot_product_attention(query, key, value, scale=1.0)
+            else:  # scores and softmax stay single precision; the large product with the values does not need it, and is twice as fast without
+                looked_up = ((query @ key.transpose(1, 2)).softmax(-1).to(low) @ value.to(low)).float()
+            looked_up = self.gamma * looked_up
         return x + looked_up.to(x.dtype).transpose(1, 2).unflatten(2, x.shape[2:])
+
+# %% ../../nbs/04_networks/00_layers.ipynb #7a0defa7
+def _spectral_norms(block: nn.Module) -> list[nn.Module]:
+    "What holds the singular vectors of the block's weights."
+    return [layer.parametrizations.weight[0] for layer in block.modules() if parametrize.is_parametrized(layer, 'weight')]
+
+def _passes(block: nn.Module) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+    "Contexts for the first and the second pass through a block: the second finds singular vectors and gradient flags as the first left them."
+    norms, flags, vectors = _spectral_norms(block), [(parameter, parameter.requires_grad) for parameter in block.parameters()], []
+
+    @contextlib.contextmanager
+    def first() -> Iterator[None]:
+        yield
+        vectors.extend((norm._u.clone(), norm._v.clone()) for norm in norms)
+
+    @contextlib.contextmanager
+    def again() -> Iterator[None]:
+        now = [(norm, norm._u, norm._v, norm.training) for norm in norms], [(parameter, parameter.requires_grad) for parameter, _ in flags]
+        for norm, (u, v) in zip(norms, vectors): norm._u, norm._v, norm.training = u, v, False
+        for parameter, flag in flags: parameter.requires_grad_(flag)
+        try: yield
+        finally:
+            for norm, u, v, training in now[0]: norm._u, norm._v, norm.training = u, v, training
+            for parameter, flag in now[1]: parameter.requires_grad_(flag)
+    return first(), _Anew(again)
+
+class _Anew:
+    "A context that is made anew each time it is entered: several backward passes may go through one graph."
+    def __init__(self, make: Callable[[], contextlib.AbstractContextManager]): self.make, self.open = make, []
+    def __enter__(self) -> None: self.open.append(self.make()); self.open[-1].__enter__()
+    def __exit__(self, *error: Any) -> bool | None: return self.open.pop().__exit__(*error)
+
+@torch.compiler.disable
+def _run_twice(block: nn.Module, *inputs: Tensor | None) -> Tensor:
+    return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=lambda: _passes(block))
+
+def run_block(block: nn.Module, *inputs: Tensor | None) -> Tensor:
+    """`block(*inputs)`; where `set_checkpointing` is on and gradients are wanted, only the inputs are kept and the inside is computed again in the
+    backward pass, with the same result. Under torch.compile blocks with spectral norm then run uncompiled.
+    """
+    if not (block.checkpointing and torch.is_grad_enabled()): return block(*inputs)
+    if torch.compiler.is_compiling() and not _spectral_norms(block): return checkpoint(block, *inputs, use_reentrant=False)
+    return _run_twice(block, *inputs)
+
+def set_checkpointing(module: nn.Module, on: bool) -> nn.Module:
+    "Let all blocks in `module` that are called through `run_block` keep their inside (off) or compute it twice (on); returns `module`."
+    for part in module.modules():
+        if isinstance(part, _Block): part.checkpointing = on
+    return module

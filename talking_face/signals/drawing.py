@@ -50,6 +50,14 @@ class Palette:
         most = max(len(indices) for indices, _ in self.fills)
         return np.array([indices + indices[-1:]*(most - len(indices)) for indices, _ in self.fills]), np.array([colour for _, colour in self.fills])
 
+    @cached_property
+    def without_mouth(self) -> Palette:
+        "The same without the chains and fills that touch a lip; it has no published name, because no model is trained on it alone."
+        lips = {*PARTS['outer_lip'], *PARTS['inner_lip']}
+        kept = [(chain, colour) for chain, colour in zip(self.chains, self.colours) if not lips & {*chain}]
+        return Palette(f'{self.name} without mouth', tuple(chain for chain, _ in kept), tuple(colour for _, colour in kept),
+                       tuple(fill for fill in self.fills if not lips & {*fill[0]}))
+
 # %% ../../nbs/02_signals/06_drawing.ipynb #80bbf879
 def _closed(part: str) -> tuple[int, ...]: return PARTS[part] + PARTS[part][:1]
 
@@ -131,10 +139,11 @@ def _draw_fills(images: np.ndarray, faces: np.ndarray, points: np.ndarray, palet
     _blend(images, faces[polygon//len(corners)], x[keep], y[keep], coverage[keep], colours[polygon % len(corners)])
 
 # %% ../../nbs/02_signals/06_drawing.ipynb #5e64f64e
-def draw_landmarks(landmarks: np.ndarray, size: int, palette: str | Palette = 'lines-v1') -> np.ndarray:
+def draw_landmarks(landmarks: np.ndarray, size: int, palette: str | Palette = 'lines-v1', mouth: bool | np.ndarray = True) -> np.ndarray:
     """Draw faces on black.
 
     `landmarks`: `(68, 2)` or `(T, 68, 2)` in pixels of the `size` x `size` picture; what lies outside is cut off.
+    `mouth`: False leaves the lips and what fills them out; for every face, or `(T,)` for each.
     A face with a NaN, an infinity or a coordinate beyond a million pixels is missing: its picture is black.
     Returns uint8 `(S, S, 3)` or `(T, S, S, 3)`. Raises ConfigError for an unknown palette. Source: Zakharov et al. 2019, section 3.
     """
@@ -142,15 +151,17 @@ def draw_landmarks(landmarks: np.ndarray, size: int, palette: str | Palette = 'l
     if landmarks.ndim not in (2, 3) or landmarks.shape[-2:] != (LANDMARK_COUNT, 2):
         raise ValueError(f'landmarks must have shape (68, 2) or (T, 68, 2), got {landmarks.shape}')
     if size < 1: raise ValueError(f'size must be positive, got {size}')
+    if np.shape(mouth) not in ((), landmarks.shape[:-2]): raise ValueError(f'mouth must be one bool or have shape {landmarks.shape[:-2]}, got {np.shape(mouth)}')
     if isinstance(palette, str):
         if palette not in PALETTES: raise ConfigError(f'palette {palette!r} is unknown; choose one of {", ".join(PALETTES)}')
         palette = PALETTES[palette]
     faces = landmarks.reshape(-1, LANDMARK_COUNT, 2)
     images = np.zeros((len(faces), size, size, 3), np.uint8)
-    known = np.flatnonzero((np.abs(faces) < 1e6).all((1, 2)))  # False for NaN
+    known, lips = (np.abs(faces) < 1e6).all((1, 2)), np.broadcast_to(np.asarray(mouth, bool), landmarks.shape[:-2]).reshape(-1)  # not known: NaN
     together = max(1, 256//size)  # so many at once keep the working arrays in the processor's cache
-    for begin in range(0, len(known), together):
-        some = known[begin:begin + together]
-        _draw_lines(images, some, faces[some], palette)
-        if palette.fills: _draw_fills(images, some, faces[some], palette)
+    for parts, chosen in ((palette, np.flatnonzero(known & lips)), (palette.without_mouth, np.flatnonzero(known & ~lips))):
+        for begin in range(0, len(chosen), together):
+            some = chosen[begin:begin + together]
+            if parts.chains: _draw_lines(images, some, faces[some], parts)
+            if parts.fills: _draw_fills(images, some, faces[some], parts)
     return images.reshape(*landmarks.shape[:-2], size, size, 3)

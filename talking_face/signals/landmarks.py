@@ -5,8 +5,9 @@
 # %% ../../nbs/02_signals/02_landmarks.ipynb #8604fdd6
 from __future__ import annotations
 
-import abc, functools, importlib.util, math
+import abc, collections, functools, importlib.util, math, threading
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,6 +97,14 @@ class LandmarkDetector(abc.ABC):
         return [face._replace(landmarks=face.landmarks + move, box=(face.box[0] + x, face.box[1] + y, face.box[2] + x, face.box[3] + y),
                               irises=None if face.irises is None else face.irises + move) for face in self.detect(window)]
 
+    def find(self, image: np.ndarray, near: Box | None = None) -> list[Face]:
+        "As `detect`, or as `detect_near` of a box, but points may still be missing (zeros): `complete` fills them in."
+        return self.detect(image) if near is None else self.detect_near(image, near)
+
+    def complete(self, image: np.ndarray, face: Face) -> Face:
+        "A face of `find` with its points. May be called from several threads at once, also while another one calls `find`."
+        return face
+
     def close(self) -> None:
         "Free what the detector holds."
 
@@ -154,7 +163,16 @@ def _fit_points(predictor, image: np.ndarray, box: Box) -> np.ndarray:
         points.append([(point.x, point.y) for point in shape.parts()])
     return ((np.mean(points, 0) + 0.5) / factor - 0.5 + corner).astype(np.float32)
 
-# %% ../../nbs/02_signals/02_landmarks.ipynb #ed8cc723
+# %% ../../nbs/02_signals/02_landmarks.ipynb #b1fc6e81
+@functools.lru_cache(maxsize=2)
+def _load_dlib(predictor: Path, changed_ns: int) -> tuple:
+    "HOG search, a lock for it, and the predictor in a file that was last changed at `changed_ns`; kept for the whole process."
+    import dlib
+    try: points = dlib.shape_predictor(str(predictor))
+    except RuntimeError as error: raise CheckpointError(f'{predictor}: damaged ({error}); reinstall face_recognition_models') from error
+    return dlib.get_frontal_face_detector(), threading.Lock(), points
+
+# %% ../../nbs/02_signals/02_landmarks.ipynb #4c347258
 class DlibDetector(LandmarkDetector):
     """HOG frontal face detector and 68-point regression trees of dlib: works offline, frontal to half-profile faces.
 
@@ -167,10 +185,8 @@ class DlibDetector(LandmarkDetector):
 
     def __init__(self, upsample: int = 1):
         if upsample not in (0, 1, 2): raise ConfigError(f'upsample is {upsample}; it must be 0, 1 or 2')
-        import dlib
-        self.upsample, self._file, self._hog = upsample, dlib_predictor_file(), dlib.get_frontal_face_detector()
-        try: self._predictor = dlib.shape_predictor(str(self._file))
-        except RuntimeError as error: raise CheckpointError(f'{self._file}: damaged ({error}); reinstall face_recognition_models') from error
+        self.upsample, self._file = upsample, dlib_predictor_file()
+        self._hog, self._turn, self._predictor = _load_dlib(self._file, self._file.stat().st_mtime_ns)
 
     @functools.cached_property
     def version(self) -> str:
@@ -181,21 +197,31 @@ class DlibDetector(LandmarkDetector):
         "Boxes and scores of all faces, without points."
         image = checked_frame(image)
         first = min(1.0, self.WORKING_SIDE / max(image.shape[:2]))
-        return next((found for doubling in range(self.upsample + 1) if (found := _hog_search(self._hog, image, first * 2**doubling))), [])
+        return next((found for doubling in range(self.upsample + 1) if (found := self._search(image, first * 2**doubling))), [])
 
-    def detect(self, image: np.ndarray) -> list[Face]:
-        return self._fit(checked_frame(image), self.find_boxes(image))
+    def _search(self, image: np.ndarray, scale: float) -> list[tuple[Box, float]]:
+        with self._turn: return _hog_search(self._hog, image, scale)
 
-    def detect_near(self, image: np.ndarray, box: Box) -> list[Face]:
-        image = checked_frame(image)
+    def detect(self, image: np.ndarray) -> list[Face]: return [self.complete(image, face) for face in self.find(image)]
+
+    def detect_near(self, image: np.ndarray, box: Box) -> list[Face]: return [self.complete(image, face) for face in self.find(image, box)]
+
+    def find(self, image: np.ndarray, near: Box | None = None) -> list[Face]:
+        found = self.find_boxes(image) if near is None else self._boxes_near(checked_frame(image), near)
+        return largest_first([Face(_NO_POINTS, box, score) for box, score in found])
+
+    def _boxes_near(self, image: np.ndarray, box: Box) -> list[tuple[Box, float]]:
         window, (x, y) = _window(image, box)
-        found = _hog_search(self._hog, window, min(self.TRACKED_SIDE / _box_side(box), 4.0)) if window.size else []
-        return self._fit(image, [((x0 + x, y0 + y, x1 + x, y1 + y), score) for (x0, y0, x1, y1), score in found])
+        found = self._search(window, min(self.TRACKED_SIDE / _box_side(box), 4.0)) if window.size else []
+        return [((x0 + x, y0 + y, x1 + x, y1 + y), score) for (x0, y0, x1, y1), score in found]
 
-    def _fit(self, image: np.ndarray, boxes: list[tuple[Box, float]]) -> list[Face]:
-        return largest_first([Face(_fit_points(self._predictor, image, box), box, score) for box, score in boxes])
+    def complete(self, image: np.ndarray, face: Face) -> Face:
+        return face._replace(landmarks=_fit_points(self._predictor, checked_frame(image), face.box))
 
-# %% ../../nbs/02_signals/02_landmarks.ipynb #3e31c53d
+_NO_POINTS = np.zeros((LANDMARK_COUNT, 2), np.float32)
+_NO_POINTS.flags.writeable = False
+
+# %% ../../nbs/02_signals/02_landmarks.ipynb #ed06184d
 def choose_face(faces: list[Face], choice: str = 'one', source: str = 'the picture') -> Face:
     """Pick a face by name: `one` (refuse several), `largest`, or a number counted from the left, starting at 0.
 
@@ -221,7 +247,7 @@ def detect_face(image: np.ndarray, detector: LandmarkDetector, choice: str = 'on
     "The chosen face of an image `(H, W, 3)`; errors as in `choose_face`. `source` is the file's name, for the message."
     return choose_face(detector.detect(image), choice, source)
 
-# %% ../../nbs/02_signals/02_landmarks.ipynb #86eeb040
+# %% ../../nbs/02_signals/02_landmarks.ipynb #5175b125
 class Track(NamedTuple):
     "One person through a clip."
     landmarks: np.ndarray   # (T, 68, 2) float32, pixels; NaN rows where the person was lost
@@ -229,22 +255,40 @@ class Track(NamedTuple):
 
 _FULL_SEARCH_EVERY = 5
 
-def follow_face(images: Iterable[np.ndarray], detector: LandmarkDetector, choice: str = 'largest', source: str = 'the clip') -> Iterator[Face]:
+def follow_face(images: Iterable[np.ndarray], detector: LandmarkDetector, choice: str = 'largest', source: str = 'the clip', threads: int = 1) -> Iterator[Face]:
     """Yield one Face per image, always of the same person; LOST where that person is not seen. Memory does not grow with the clip.
 
     The first image with any face decides by `choice` (see `choose_face`, whose errors are raised here too).
+    `threads`: with 2 or more, points are fitted beside the search and up to 2 * threads images are read ahead; the faces are the same.
     """
+    places = _follow(images, detector, choice, source)
+    if threads == 1:
+        for image, face in places: yield _with_points(detector, image, face)
+        return
+    pool, pending = ThreadPoolExecutor(threads), collections.deque()
+    try:
+        for image, face in places:
+            pending.append(pool.submit(_with_points, detector, image, face))
+            if len(pending) > 2 * threads: yield pending.popleft().result()
+        while pending: yield pending.popleft().result()
+    finally: pool.shutdown(cancel_futures=True)     # also where the reader stops early or an image cannot be read
+
+def _with_points(detector: LandmarkDetector, image: np.ndarray, face: Face) -> Face:
+    return face if is_lost(face) else detector.complete(image, face)
+
+def _follow(images: Iterable[np.ndarray], detector: LandmarkDetector, choice: str, source: str) -> Iterator[tuple[np.ndarray, Face]]:
+    "Every image with the followed face in it, perhaps without points, or LOST."
     last, missed = LOST, 0
     for image in images:
         if is_lost(last):
-            faces = detector.detect(image)
+            faces = detector.find(image)
             face = choose_face(faces, choice, source) if faces else LOST
         else:
             reach = min(0.5 + 0.05 * missed, 0.8)
-            face = _continue(detector.detect_near(image, last.box), last, reach)
-            if is_lost(face) and missed % _FULL_SEARCH_EVERY == 0: face = _continue(detector.detect(image), last, reach)
+            face = _continue(detector.find(image, last.box), last, reach)
+            if is_lost(face) and missed % _FULL_SEARCH_EVERY == 0: face = _continue(detector.find(image), last, reach)
         last, missed = (last, missed + 1) if is_lost(face) else (face, 0)
-        yield face
+        yield image, face
 
 def _continue(faces: list[Face], last: Face, reach: float) -> Face:
     "The face nearest to where `last` was, if it is within `reach` boxes and of similar size; else LOST."
@@ -252,8 +296,8 @@ def _continue(faces: list[Face], last: Face, reach: float) -> Face:
     near = [face for face in faces if shift(face) < reach and 1 / 1.6 < _box_side(face.box) / _box_side(last.box) < 1.6]
     return min(near, key=shift, default=LOST)
 
-def track_face(images: Iterable[np.ndarray], detector: LandmarkDetector, choice: str = 'largest', source: str = 'the clip') -> Track:
+def track_face(images: Iterable[np.ndarray], detector: LandmarkDetector, choice: str = 'largest', source: str = 'the clip', threads: int = 1) -> Track:
     "Follow one person through a clip (see `follow_face`); a clip in which nobody is ever found gives only NaN rows, not an error."
-    faces = [(face.landmarks, face.score) for face in follow_face(images, detector, choice, source)]
+    faces = [(face.landmarks, face.score) for face in follow_face(images, detector, choice, source, threads)]
     landmarks = np.array([points for points, _ in faces], np.float32).reshape(-1, LANDMARK_COUNT, 2)
     return Track(landmarks, np.array([score for _, score in faces], np.float32))
