@@ -288,10 +288,9 @@ class ReenactConfig(PhotosConfig):
 PRESETS: dict[str, MetaLearningConfig] = {
     'tiny': MetaLearningConfig(),
     'small': MetaLearningConfig(
-        preset='small', steps=20_000, targets=2, learning_rate=5e-4, discriminator_learning_rate=4e-4, ema=0.999,
-        model=ModelConfig(image_size=128, embedding_size=512, embedder_width=32, generator_width=32, generator_downs=4, generator_residuals=4,
-                          generator_last=32, discriminator_width=32, maximum_channels=256),
-        losses=LossConfig(random_features=0.0, face=0.5, adversarial=0.03, feature_matching=0.3, match=0.03)),
+        preset='small', steps=3000, targets=2, learning_rate=1e-3, ema=0.998,
+        model=ModelConfig(image_size=128, generator_downs=4, generator_residuals=4, maximum_channels=256),
+        losses=LossConfig(face=0.3)),
     'paper': MetaLearningConfig(
         preset='paper', steps=1_000_000, clips=4, targets=1, support=(8,), learning_rate=5e-5, discriminator_learning_rate=2e-4, beta1=0.0,
         schedule='constant', warmup_steps=0, clip_norm=0.0, ema=0.999, augment=0.0, checkpoint_every=5000, sample_every=5000,
@@ -302,7 +301,7 @@ PRESETS: dict[str, MetaLearningConfig] = {
 
 FINE_TUNE_PRESETS: dict[str, FineTuneConfig] = {
     'tiny': FineTuneConfig(),
-    'small': FineTuneConfig(learning_rate=5e-4),
+    'small': FineTuneConfig(learning_rate=1e-3),
     'paper': FineTuneConfig(views=1, batch=1, learning_rate=5e-5, psi_learning_rate=5e-5, schedule='constant', augment=0.0, ema=0.0),
 }
 

@@ -198,8 +198,8 @@ def test_discriminator_steps_and_clipping(workshop):
 def test_support_size_varies_and_the_feed_forward_variant_has_no_match(workshop):
     learner = make(micro(support=(1, 2, 4)), workshop)
     assert {learner.batch(number).support for number in range(12)} == {1, 2, 4}
-    small = preset('small', variant='ff')
-    assert small.losses.match == 0 and small.losses.adversarial > 0 and small.steps == 2 * preset('small').steps
+    paper = preset('paper', variant='ff')
+    assert paper.losses.match == 0 and paper.losses.adversarial > 0 and paper.steps == 2 * preset('paper').steps
     learner = make(micro(losses=GAN | dict(match=0.)), workshop)
     figures = learner.step(learner.batch(0), 0)
     assert 'match' not in figures and {'adversarial', 'feature_matching'} <= figures.keys()

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .bench_limits import MODES, bench_gpu, bench_modes, bench_rates, modes_table, rates_table
+from .bench_limits import TRAINING_MODES, bench_gpu, bench_modes, bench_rates, training_modes_table, rates_table
 from .bench_networks import LEVEL, bench_fine_tuning, bench_generator, bench_step
 from .measuring import (Result, bench_drawing, bench_loader, bench_preprocessing, bench_stages, convolution_rates, machine_facts, results_table,
                                         run_apart, stage_table, versus)
@@ -23,8 +23,8 @@ from ..config import PRESETS, ModelConfig, PreprocessConfig, ReenactConfig
 from ..core import atomic_path, best_thread_count, write_json
 
 # %% auto #0
-__all__ = ['SECTIONS', 'long_driver', 'untrained_person', 'bench_reenactment', 'reenactment_stages', 'reenact_apart',
-           'bench_memory', 'Setting', 'Section', 'write_report', 'run_bench']
+__all__ = ['SECTIONS', 'long_driver', 'untrained_person', 'bench_reenactment', 'stages_to_file', 'reenact_apart', 'bench_memory',
+           'Setting', 'Section', 'write_report', 'run_bench']
 
 # %% ../../nbs/11_app/08_bench.ipynb #c311af26
 def long_driver(seconds: float, out: Path) -> Path:
@@ -64,39 +64,14 @@ def bench_reenactment(preset: str, folder: Path, seconds: float = 10.0, required
     return Result(f'from file to file, {preset}, {PRESETS[preset].model.image_size} px, {made.frames} frames, dlib', min(times), '', 0.0, 'frames/s', made.frames, required)
 
 # %% ../../nbs/11_app/08_bench.ipynb #bf2bc759
-def reenactment_stages(preset: str, folder: Path, seconds: float = 4.0) -> dict[str, float]:
-    "Milliseconds per frame of decoding, finding the face, adapting, drawing, generating, encoding; their sum; and of `reenact` as a whole, last."
-    from talking_face.few_shot.person import drawings_tensor
-    from talking_face.few_shot.reenactment import read_driver, reenact
-    from talking_face.signals.adaptation import fit_adaptation
-    from talking_face.signals.detectors import make_detector
-    from talking_face.signals.landmarks import track_face
-    from talking_face.signals.media import read_video
-    from talking_face.signals.recording import VideoWriter
+def stages_to_file(preset: str, folder: Path, seconds: float = 4.0) -> dict[str, float]:
+    "Milliseconds per frame: processor time of every stage on one thread, their sum, and last the time of `reenact`, whose stages run side by side."
+    from talking_face.few_shot.reenactment import reenact, reenactment_stages
     person, config, path = untrained_person(preset), ReenactConfig(detector='dlib', device='cpu'), long_driver(seconds, folder/'stages.mp4')
-    driver, stages, batch = read_driver(path, person.config.model.image_size, person.margin, config), {}, config.batch
-    count = len(driver.landmarks)
-    def timed(stage: str, call: Callable[[], Any]) -> Any:
-        start = time.perf_counter()
-        result = call()
-        stages[stage] = 1000 * (time.perf_counter() - start) / count
-        return result
-    images, detector = timed('decode', lambda: read_video(path)), make_detector('dlib')
-    timed('find the face, 68 points', lambda: track_face(iter(images), detector))
-    fitted = timed('adapt', lambda: fit_adaptation(driver.landmarks, person.landmarks).apply(driver.landmarks, 'relative').astype(np.float32))
-    parts = [fitted[start:start + batch] for start in range(0, count, batch)]
-    timed('draw', lambda: [drawings_tensor(part, person.config) for part in parts])
-    person.animate(parts[0])
-    drawn = stages['draw']
-    frames = timed('generate', lambda: np.concatenate([person.animate(part) for part in parts]))
-    stages['generate'] -= drawn   # `animate` draws, too
-    def encode() -> None:
-        with VideoWriter(folder/'stages_out.mp4', driver.info.fps, audio_from=path) as writer:
-            for frame in frames: writer.write(frame)
-    timed('encode', encode)
-    stages['sum of the stages'] = sum(stages.values())
-    timed('from file to file', lambda: reenact(person, path, folder/'stages_whole.mp4', config))
-    return stages
+    stages = reenactment_stages(person, path, config)
+    start = time.perf_counter()
+    made = reenact(person, path, folder/'stages_whole.mp4', config)
+    return stages | {'sum of the stages': sum(stages.values()), 'from file to file': 1000 * (time.perf_counter() - start) / made.frames}
 
 # %% ../../nbs/11_app/08_bench.ipynb #1f9436d1
 def reenact_apart(preset: str, driver: str, out: str) -> int:
@@ -152,6 +127,7 @@ def _generator(setting: Setting) -> Section:
             f'{difference / LEVEL:.2f} levels of 255 in {mode}' for mode, difference in differences.items() if mode != 'fp32') + ' (required: below 1)')
     return _of_rows(rows, *lines)
 
+# %% ../../nbs/11_app/08_bench.ipynb #fc0e3537
 def _step(setting: Setting) -> Section: return _of_rows(bench_step(setting.shards, setting.folder, setting.seconds(40), setting.model, **setting.rival))
 
 def _fine_tuning(setting: Setting) -> Section: return _of_rows(bench_fine_tuning(setting.folder, setting.shards, turns=2 if setting.quick else 4, model=setting.model, **setting.rival))
@@ -163,14 +139,14 @@ def _rates(setting: Setting) -> Section:
     return Section(rates_table(rates, limits), dict(limits=limits, rates=[rate._asdict() for rate in rates]))
 
 def _modes(setting: Setting) -> Section:
-    preset, steps, modes = ('tiny', 1, {name: MODES[name] for name in ('fp32', 'bf16')}) if setting.quick else ('small', 3, MODES)
+    preset, steps, modes = ('tiny', 1, {name: TRAINING_MODES[name] for name in ('fp32', 'bf16')}) if setting.quick else ('small', 3, TRAINING_MODES)
     costs = bench_modes(setting.shards, preset, steps, modes)
-    return Section(modes_table(costs, f'training step of {preset}, K = 8'), [cost._asdict() for cost in costs])
+    return Section(training_modes_table(costs, f'training step of {preset}, K = 8'), [cost._asdict() for cost in costs])
 
 def _reenactment(setting: Setting) -> Section:
     names, seconds = (('tiny', 60.0),) if setting.quick else (('small', 25.0), ('tiny', 60.0)), 1.0 if setting.quick else 10.0
     rows = [bench_reenactment(name, setting.folder, seconds, required * (not setting.quick)) for name, required in names]  # a short film is mostly beginning
-    return _of_rows(rows, *(stage_table(reenactment_stages(name, setting.folder, seconds / 2), f'stage of reenactment, {name}') for name, _ in names))
+    return _of_rows(rows, *(stage_table(stages_to_file(name, setting.folder, seconds / 2), f'stage of reenactment, {name}') for name, _ in names))
 
 def _memory(setting: Setting) -> Section: return _of_rows([bench_memory(setting.folder, lengths=(0.4, 1.2) if setting.quick else (3.0, 60.0))])
 
@@ -184,7 +160,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Setting], Section]]] = {
     'reenactment': ('From file to file', _reenactment), 'memory': ('Memory and length', _memory), 'rates': ('How far from the machine', _rates),
     'modes': ('Modes of training', _modes), 'data': ('Drawing, loading, preprocessing', _data), 'gpu': ('On a GPU', _gpu)}
 
-# %% ../../nbs/11_app/08_bench.ipynb #fc0e3537
+# %% ../../nbs/11_app/08_bench.ipynb #a6398992
 def write_report(folder: str | os.PathLike, names: list[str] | None = None, quick: bool = False) -> list[str]:
     """Run the sections `names` (all), print each as it is done, and write report.md and report.json to `folder`.
 

@@ -25,8 +25,8 @@ from ..few_shot.generator_inference import InferenceGenerator, compile_form
 from ..networks.perceptual import VGGFeatures
 
 # %% auto #0
-__all__ = ['MODES', 'Rate', 'networks_of', 'bench_rates', 'rates_table', 'mode_apart', 'ModeCost', 'bench_modes', 'modes_table',
-           'moved_gigabytes', 'device_limits', 'OnDevice', 'bench_gpu']
+__all__ = ['TRAINING_MODES', 'Rate', 'networks_of', 'bench_rates', 'rates_table', 'mode_apart', 'ModeCost', 'bench_modes',
+           'training_modes_table', 'moved_gigabytes', 'device_limits', 'OnDevice', 'bench_gpu']
 
 # %% ../../nbs/11_app/07_bench_limits.ipynb #b7140c22
 class Rate(NamedTuple):
@@ -81,7 +81,7 @@ def rates_table(rates: list[Rate], limits: dict[str, dict[str, float]]) -> str:
     return '\n'.join([*best, '', *rows])
 
 # %% ../../nbs/11_app/07_bench_limits.ipynb #4d06b005
-MODES: dict[str, dict[str, Any]] = {
+TRAINING_MODES: dict[str, dict[str, Any]] = {
     'fp32, channels first': dict(precision='fp32', channels_last=False), 'fp32': dict(precision='fp32'), 'bf16, channels first': dict(channels_last=False), 'bf16': {},
     'bf16, checkpointing': dict(checkpointing=True), 'bf16, in 2 parts': dict(accumulate=2), 'bf16, compiled': dict(compile=True)}
 
@@ -102,7 +102,7 @@ class ModeCost(NamedTuple):
     peak_mib: float = 0.0
     problem: str = ''
 
-def bench_modes(shards: Path, preset: str = 'small', steps: int = 5, modes: dict[str, dict[str, Any]] = MODES) -> list[ModeCost]:
+def bench_modes(shards: Path, preset: str = 'small', steps: int = 5, modes: dict[str, dict[str, Any]] = TRAINING_MODES) -> list[ModeCost]:
     "Time and peak memory of a training step in each mode, one after another, each in a process of its own."
     costs = []
     for name, changes in modes.items():
@@ -111,7 +111,7 @@ def bench_modes(shards: Path, preset: str = 'small', steps: int = 5, modes: dict
         else: costs.append(ModeCost(name, found.value['first'], found.value['step'], found.peak_mib))
     return costs
 
-def modes_table(costs: list[ModeCost], what: str) -> str:
+def training_modes_table(costs: list[ModeCost], what: str) -> str:
     "Modes as a Markdown table; ratios are to the first one that ran."
     rows, base = [f'| {what} | first step | step | faster | peak memory | less |', '|---|---|---|---|---|---|'], next((cost for cost in costs if not cost.problem), None)
     for cost in costs:
