@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse, os, sys, tempfile, time
 from collections.abc import Callable
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -130,7 +129,7 @@ def _generator(setting: Setting) -> Section:
 # %% ../../nbs/11_app/08_bench.ipynb #fc0e3537
 def _step(setting: Setting) -> Section: return _of_rows(bench_step(setting.shards, setting.folder, setting.seconds(40), setting.model, **setting.rival))
 
-def _fine_tuning(setting: Setting) -> Section: return _of_rows(bench_fine_tuning(setting.folder, setting.shards, turns=2 if setting.quick else 4, model=setting.model, **setting.rival))
+def _fine_tuning(setting: Setting) -> Section: return _of_rows(bench_fine_tuning(setting.folder, setting.shards, turns=3 if setting.quick else 6, model=setting.model, **setting.rival))
 
 def _rates(setting: Setting) -> Section:
     names = {'tiny': 8} if setting.quick else {'paper': 1, 'small': 8, 'tiny': 8}

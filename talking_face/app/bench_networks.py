@@ -170,7 +170,7 @@ class StepTimes(NamedTuple):
 
     def total(self, steps: int) -> float: return self.once + steps * self.step
 
-def time_fine_tuning(folder: Path, shards: Path, turns: int = 4, model: ModelConfig | None = None, width: int = 64, classes: int = 1000) -> tuple[StepTimes, StepTimes]:
+def time_fine_tuning(folder: Path, shards: Path, turns: int = 6, model: ModelConfig | None = None, width: int = 64, classes: int = 1000) -> tuple[StepTimes, StepTimes]:
     "Ours and the opponent's on the same 8 photos; the opponent takes its steps in the pauses between ours."
     from talking_face.data.photos import photos_from_shards
     from talking_face.data.shards import read_manifest
@@ -186,10 +186,10 @@ def time_fine_tuning(folder: Path, shards: Path, turns: int = 4, model: ModelCon
             start = clock(); rival.fine_tuning_step(pictures[:1], pictures[:1]); theirs.append(clock() - start)
         marks.append(clock())
     fine_tune(ours, photos, FINE_TUNE_PRESETS['paper'].replace(epochs=1, threads=torch.get_num_threads(), device='cpu'), log=between)
-    each = float(np.median(own[1:]))
+    each = float(np.median(own[1:turns]))   # only steps that took turns
     return StepTimes(each, own[0] - each + clock() - marks[-1]), StepTimes(float(np.median(theirs[1:])), their_once)
 
-def bench_fine_tuning(folder: Path, shards: Path, turns: int = 4, model: ModelConfig | None = None, **sizes: int) -> list[Result]:
+def bench_fine_tuning(folder: Path, shards: Path, turns: int = 6, model: ModelConfig | None = None, **sizes: int) -> list[Result]:
     "T = 8 photos for 40 epochs as published, extrapolated from a few steps of each side; `sizes` are the opponent's."
     model = model or PRESETS['paper'].model
     ours, theirs = time_fine_tuning(folder, shards, turns, model, **sizes)
