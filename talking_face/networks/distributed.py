@@ -107,6 +107,8 @@ class Exchange(Place):
 # %% ../../nbs/04_networks/06_distributed.ipynb #da17ac3c
 LOST_CONTACT = ('gloo', 'nccl', 'connection', 'timed out', 'socket', 'peer')  # words of torch's errors where another process is gone
 
+_ended: list[Any] = []  # groups that are through, kept to the end of the program: freed at once, gloo's thread could wait for us while we wait for it
+
 class _Function(nn.Module):
     "A function together with the parameters that its result depends on: all that DDP needs to know."
     def __init__(self, function: Callable, parameters: list[nn.Parameter]):
@@ -155,7 +157,11 @@ class Distributed(Exchange):
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
         if self.alone: return
-        if error is None: dist.barrier(); dist.destroy_process_group(); return
+        if error is None:
+            dist.barrier()
+            _ended.append(dist.distributed_c10d._get_default_group())
+            dist.destroy_process_group()
+            return
         if isinstance(error, RuntimeError) and any(word in str(error).lower() for word in LOST_CONTACT):
             reason = f'process {self.rank} of {self.world_size} lost contact with the others ({str(error).splitlines()[0]}); one was killed, or the network failed'
             with contextlib.suppress(Exception):  # the store may be gone, too
