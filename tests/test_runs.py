@@ -80,14 +80,13 @@ def test_experiments_leave_their_tables(way):
 
 
 def test_pages_show_figures_pictures_and_progress(way):
-    assert [pictures(way/f'{name}.ipynb') for name in ('meta_learn', 'fine_tune', 'reenact')] == [3, 2, 1]
+    assert [pictures(way/f'{name}.ipynb') for name in ('meta_learn', 'fine_tune', 'reenact')] == [5, 2, 1]
     assert '6 steps in' in text(way/'meta_learn.ipynb') and 'frames=75' in text(way/'reenact.ipynb')
-    assert 'meta-learning tiny 6/6' in text(way/'meta_learn.ipynb') and 'meta-learning tiny 6/6' in (way/'progress.txt').read_text()
     steps = json.loads((way/'person/config.json').read_text())['steps']
     shown = (way/'progress.txt').read_text()
     assert [pictures(way/f'{name}.ipynb') for name in ('audio_value', 'compare_modes')] == [3, 6]      # bars, and the strip
     assert 'doing va_slim-seed0 (3 of 3)' in text(way/'audio_value.ipynb') and 'doing thesis-seed0 (2 of 2)' in text(way/'compare_modes.ipynb')
-    for line in (f'fine-tuning on 3 photos {steps}/{steps}', 'finding the face 75/75', 'generating 75/75'): assert line in shown
+    for line in ('meta-learning tiny few_shot 6/6', f'fine-tuning on 3 photos {steps}/{steps}', 'finding the face 75/75', 'generating 75/75'): assert line in shown
 
 
 # ---- refused ----
