@@ -5,13 +5,13 @@
 # %% ../../nbs/11_app/02_cli.ipynb #1104b78c
 from __future__ import annotations
 
-import argparse, signal, sys, typing
+import argparse, os, signal, sys, typing
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from typing import Any, NoReturn, get_type_hints
 
 from .. import __version__
-from ..config import Config, ConfigError, FINE_TUNE_PRESETS, FineTuneConfig, LossConfig, MetaLearningConfig, ModelConfig, PreprocessConfig, ReenactConfig, SelectConfig, SynthesisConfig, PRESETS, preset
+from ..config import Config, ConfigError, FineTuneConfig, LossConfig, MetaLearningConfig, ModelConfig, PreprocessConfig, ReenactConfig, SelectConfig, SynthesisConfig, PRESETS, fine_tune_preset, preset
 from ..core import DISK_FAULTS, TalkingFaceError
 
 # %% auto #0
@@ -125,7 +125,8 @@ def run_train(arguments: argparse.Namespace) -> None:
     from talking_face.data.shards import read_manifest
     from talking_face.few_shot.meta_learning import meta_learn
     config_file = Path(arguments.out)/'config.json'
-    base = MetaLearningConfig.from_dict(read_json(config_file)) if arguments.resume and config_file.exists() else preset(arguments.preset or 'tiny')
+    base = MetaLearningConfig.from_dict(read_json(config_file)) if arguments.resume and config_file.exists() else preset(
+        arguments.preset or 'tiny', arguments.system or 'few_shot', arguments.mode or 'best', arguments.variant)
     changes = {**given(arguments, MetaLearningConfig), 'model': base.model.replace(**given(arguments, ModelConfig, 'model.')),
                'losses': base.losses.replace(**given(arguments, LossConfig, 'losses.'))}
     manifest = read_manifest(arguments.data)
@@ -136,15 +137,18 @@ def run_train(arguments: argparse.Namespace) -> None:
         wanted = manifest.select(keys=read_keys(arguments.keys)).keys
         keys = [key for key in keys or manifest.keys if key in set(wanted)]
     run = meta_learn(base.replace(**changes), arguments.data, arguments.out, keys, arguments.resume)
-    print(f'{run.path}: {base.replace(**changes).steps} steps done; next: talking-face fine-tune --run {run.path} --photos ... --out PERSON')
+    if os.environ.get('RANK', '0') == '0':  # of several processes one speaks
+        print(f'{run.path}: {base.replace(**changes).steps} steps done; next: talking-face fine-tune --run {run.path} --photos ... --out PERSON')
 
 def run_fine_tune(arguments: argparse.Namespace) -> None:
     "A run and photos to a person."
     from talking_face.app.pipelines import make_person
     from talking_face.few_shot.meta_learning import load_run
     model = load_run(arguments.run)
-    config = FINE_TUNE_PRESETS[model.config.preset].replace(**given(arguments, FineTuneConfig))
+    config = fine_tune_preset(model.config).replace(**given(arguments, FineTuneConfig))
     person = make_person(model, arguments.photos, config, arguments.out)
+    if held := person.header.get('held_out'): print(f'{arguments.out}: kept epoch {held["epoch"]} of {held["epochs"]}, where the photo held out was drawn best')
+    if compact := person.header.get('compact'): print(f'{arguments.out}: compact, SSIM to the whole person {compact["likeness"]:.4f}; it needs the run {arguments.run}')
     print(f'{arguments.out}: fine-tuned on {person.header["photos"]} photos; next: talking-face reenact --person {arguments.out} --driving VIDEO --out OUT.mp4')
 
 def run_reenact(arguments: argparse.Namespace) -> None:
@@ -225,6 +229,7 @@ def _add_model_verbs(verb: _AddVerb) -> None:
     child.add_argument('--data', required=True, help='folder of shards')
     child.add_argument('--out', required=True, help='run folder')
     child.add_argument('--preset', choices=tuple(PRESETS), help='size of everything; the options below change single values (default: tiny)')
+    child.add_argument('--variant', choices=('ft', 'ff'), default='ft', help='ft: to be fine-tuned; ff: feed-forward, without the match loss and for twice as many steps (default: ft)')
     child.add_argument('--keys', help='use only the clips in this list, a file that select wrote')
     child.add_argument('--split', help='use only the clips of this split; an empty name means all (default: train where there is such a split, else all)')
     child.add_argument('--resume', action='store_true', help='continue an interrupted run in --out')
@@ -236,7 +241,7 @@ def _add_model_verbs(verb: _AddVerb) -> None:
     add_options(child, FineTuneConfig, whose='of the run\'s preset; tiny: ')
     child = verb('reenact', run_reenact, 'Let a driving video move a face.')
     child.add_argument('--person', help='folder of fine-tune')
-    child.add_argument('--run', help='run folder of train, for a result without fine-tuning')
+    child.add_argument('--run', help='run folder of train, for a result without fine-tuning, or the base of a compact person')
     child.add_argument('--photos', nargs='+', metavar='PATH', help='photos for --run')
     child.add_argument('--driving', required=True, metavar='VIDEO', help='the video whose motion and sound are used')
     child.add_argument('--out', required=True, metavar='OUT.mp4', help='the result')
@@ -284,3 +289,6 @@ def _fail(message: Any) -> int:
     "Say what is wrong in one line."
     print(f'error: {" ".join(str(message).split())}', file=sys.stderr)
     return 2
+
+# %% ../../nbs/11_app/02_cli.ipynb #38facbf5
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())  # not in a notebook, whose name is __main__, too

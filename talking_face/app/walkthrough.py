@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..config import FINE_TUNE_PRESETS, PreprocessConfig, preset
+from ..config import PreprocessConfig, fine_tune_preset, preset
 from ..core import DataError, write_json
 from ..data.episodes import frame_view
 from ..data.photos import Photos, photos_from_shards
@@ -112,7 +112,7 @@ def judge_people(shards: Path, run: Path, people: dict[str, Path], seed: int):
     model = load_run(run)
     clips = {clip.identity: clip for clip in test_clips(shards, model.config.model.image_size, model.margin)}
     untrained = build_model(model.config, [], model.margin)
-    config = FINE_TUNE_PRESETS[model.config.preset].replace(seed=seed)
+    config = fine_tune_preset(model.config).replace(seed=seed)
     def methods(clip: Clip, photos: np.ndarray) -> dict:
         few = clips[clip.identity].photos
         if len(few.images) != len(photos) or len(clip.images) // 2 != HALF: raise DataError(f'{clip.identity}: its photos are not those of the protocol')

@@ -126,7 +126,7 @@ class Distributed(Exchange):
     def parallel(self, function: Callable, parameters: list[nn.Parameter]) -> nn.Module:
         "`function` as a module; in `backward` the gradients of `parameters` (its result must depend on all) become means over the processes."
         module = _Function(function, parameters)
-        return module if self.alone else DistributedDataParallel(module, broadcast_buffers=False)
+        return module if self.alone else DistributedDataParallel(module, forward_sync_buffers=False)
 
     @staticmethod
     def held(module: nn.Module, hold: bool = True) -> contextlib.AbstractContextManager:
