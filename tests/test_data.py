@@ -297,4 +297,4 @@ def test_the_loader_needs_no_more_memory_the_longer_it_runs(shards):
     for step in range(40): sampler.batch(step)
     before = resident()
     for step in range(40, 200): sampler.batch(step)
-    assert sampler._cache.used <= 500_000 and resident() - before < 8_000_000
+    assert sampler._stored.cache.used <= 500_000 and resident() - before < 8_000_000

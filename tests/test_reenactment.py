@@ -149,7 +149,7 @@ def test_no_face_at_all(tmp_path):
 
 
 def test_background_is_never_far_ahead():
-    made = []
+    made, before = [], alive()
     def items():
         for number in range(100): made.append(number); yield number
     reader = in_background(items(), depth=4)
@@ -157,4 +157,4 @@ def test_background_is_never_far_ahead():
     time.sleep(.3)
     assert len(made) <= 1 + 4 + 1                       # taken, waiting, in hand
     reader.close()
-    assert alive() == 0 and probe_video(clip('syn01')).frame_count == 75
+    assert alive() <= before and probe_video(clip('syn01')).frame_count == 75

@@ -43,12 +43,12 @@ def few_shot_optimisers(modules: dict[str, nn.Module], config: MetaLearningConfi
     "Adam for every group of parameters, row-wise for the tables, of which a step touches a few rows. Every trainable parameter is in exactly one."
     betas, slow, fast = (config.beta1, config.beta2), config.learning_rate, config.discriminator_learning_rate
     generator_side = [parameter for name in GENERATOR_SIDE if name in modules for parameter in modules[name].parameters()]
-    optimisers: dict[str, torch.optim.Optimizer] = {'generator': torch.optim.Adam(generator_side, slow, betas, fused=True)}
+    optimisers: dict[str, torch.optim.Optimizer] = {'generator': torch.optim.Adam(generator_side, slow, betas)}
     if 'discriminator' in modules:
-        optimisers['discriminator'] = torch.optim.Adam(modules['discriminator'].dense_parameters(), fast, betas, fused=True)
+        optimisers['discriminator'] = torch.optim.Adam(modules['discriminator'].dense_parameters(), fast, betas)
         optimisers['videos'] = RowAdam(list(modules['discriminator'].table.parameters()), fast, betas)
     if 'sound_table' in modules: optimisers['sound_table'] = RowAdam(list(modules['sound_table'].parameters()), fast, betas)
-    if 'scorer' in modules: optimisers['scorer'] = torch.optim.Adam(modules['scorer'].parameters(), fast, betas, fused=True)
+    if 'scorer' in modules: optimisers['scorer'] = torch.optim.Adam(modules['scorer'].parameters(), fast, betas)
     owners = Counter(id(parameter) for optimiser in optimisers.values() for group in optimiser.param_groups for parameter in group['params'])
     for name, module in modules.items():
         for key, parameter in module.named_parameters():

@@ -109,6 +109,13 @@ LOST_CONTACT = ('gloo', 'nccl', 'connection', 'timed out', 'socket', 'peer')  # 
 
 _ended: list[Any] = []  # groups that are through, kept to the end of the program: freed at once, gloo's thread could wait for us while we wait for it
 
+def _leave() -> None:
+    "Wait for the others, and end the group."
+    dist.barrier()
+    _ended.append(dist.distributed_c10d._get_default_group())
+    dist.destroy_process_group()
+
+# %% ../../nbs/04_networks/06_distributed.ipynb #69b0523f
 class _Function(nn.Module):
     "A function together with the parameters that its result depends on: all that DDP needs to know."
     def __init__(self, function: Callable, parameters: list[nn.Parameter]):
@@ -157,11 +164,7 @@ class Distributed(Exchange):
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
         if self.alone: return
-        if error is None:
-            dist.barrier()
-            _ended.append(dist.distributed_c10d._get_default_group())
-            dist.destroy_process_group()
-            return
+        if error is None: _leave(); return
         if isinstance(error, RuntimeError) and any(word in str(error).lower() for word in LOST_CONTACT):
             reason = f'process {self.rank} of {self.world_size} lost contact with the others ({str(error).splitlines()[0]}); one was killed, or the network failed'
             with contextlib.suppress(Exception):  # the store may be gone, too
@@ -170,7 +173,7 @@ class Distributed(Exchange):
         if isinstance(error, Exception):  # nothing is cleared up: this process is about to end, which is what tells the others
             with contextlib.suppress(Exception): self.store.set('failed', f'process {self.rank} of {self.world_size}: {error or kind.__name__}')
 
-# %% ../../nbs/04_networks/06_distributed.ipynb #69b0523f
+# %% ../../nbs/04_networks/06_distributed.ipynb #fc03b6a9
 def fingerprint(modules: dict[str, nn.Module]) -> str:
     "SHA-256 over names and values of all parameters, in hexadecimal. Buffers are left out: they may differ in the last bit between kinds of processors."
     digest = hashlib.sha256()
@@ -180,7 +183,7 @@ def fingerprint(modules: dict[str, nn.Module]) -> str:
             digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
-# %% ../../nbs/04_networks/06_distributed.ipynb #e3dbe402
+# %% ../../nbs/04_networks/06_distributed.ipynb #98e77823
 def launch(program: list[str], processes: int, watch: Callable[[], None] = lambda: None, interval_s: float = 0.5) -> str:
     """Run `python PROGRAM` (a file, or `-m` and a module, with arguments) in `processes` processes of this machine; returns what they printed.
 

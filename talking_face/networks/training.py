@@ -84,15 +84,12 @@ def optimiser_tensors(name: str, optimiser: torch.optim.Optimizer) -> dict[str, 
             for index, entry in state.items() for key, value in entry.items()}
 
 def restore_optimiser(name: str, optimiser: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    "The inverse of `optimiser_tensors`. Moments are laid out in memory like their parameters: a fused Adam walks through both at once."
+    "The inverse of `optimiser_tensors`."
     state: dict[int, dict[str, Any]] = {}
-    parameters = [parameter for group in optimiser.param_groups for parameter in group['params']]
-    def like(parameter: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-        return torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor) if tensor.shape == parameter.shape else tensor.clone()
     for key, tensor in tensors.items():
         if not key.startswith(f'{name}/'): continue
         _, index, entry = key.split('/')
-        state.setdefault(int(index), {})[entry] = int(tensor) if tensor.dtype == torch.int64 and tensor.ndim == 0 else like(parameters[int(index)], tensor)
+        state.setdefault(int(index), {})[entry] = int(tensor) if tensor.dtype == torch.int64 and tensor.ndim == 0 else tensor.clone()
     optimiser.load_state_dict(dict(state=state, param_groups=optimiser.state_dict()['param_groups']))
 
 # %% ../../nbs/04_networks/07_training.ipynb #b2d427ee
