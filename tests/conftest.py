@@ -67,3 +67,13 @@ def talking_face(capfd) -> Callable[..., Outcome]:
     torch.set_num_threads(1)
     yield run
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread():
+    "The same numbers whatever ran before: one thread, seed 0."
+    import torch
+    before = torch.get_num_threads()
+    torch.manual_seed(0); torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

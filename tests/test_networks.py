@@ -22,12 +22,7 @@ FULL = MICRO.replace(image_size=64, spectral_norm=True, attention=True)  # every
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.manual_seed(0); torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 @pytest.fixture(scope='module')

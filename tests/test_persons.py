@@ -27,12 +27,7 @@ GAN = LossConfig(adversarial=0.5, feature_matching=1.0, match=1.0, random_featur
 QUICK = FineTuneConfig(epochs=2, views=2, batch=4, threads=1)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1); torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def config_of(system: str = 'few_shot', mode: str = 'best', **changes) -> MetaLearningConfig:
