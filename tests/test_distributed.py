@@ -1,5 +1,5 @@
 """Two processes train what one trains: the tiny GAN on gloo, started by torchrun as users start it; one is killed, and the training is continued by the other number."""
-import os, signal, subprocess, sys, time
+import os, shutil, signal, subprocess
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ from helpers import wait_for
 from talking_face.config import MetaLearningConfig, preset
 from talking_face.core import ConfigError, DataError, TalkingFaceError, write_json
 from talking_face.few_shot.meta_learning import meta_learn, meta_learn_with
-from talking_face.networks.distributed import Distributed, Place
+from talking_face.networks.distributed import Distributed, Place, torchrun
 from talking_face.networks.training import checkpoints
 from talking_face.runs import RunFolder
 
@@ -89,17 +89,17 @@ def children(process: int) -> dict[int, int]:
     return found
 
 
-@pytest.mark.skipif(not Path('/proc/self/environ').exists(), reason='finds its processes in /proc')
+@pytest.mark.skipif(not Path(f'/proc/self/task/{os.getpid()}/children').exists(), reason='finds its processes in /proc')
 def test_one_process_killed_ends_both_and_one_alone_continues(workshop, tmp_path):
     config, run = everything(steps=10), tmp_path/'run'
     job = write_json(tmp_path/'job.json', dict(config=config.to_dict(), shards=str(workshop.shards), out=str(run), keys=None, resume=False))
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '-m', 'talking_face.few_shot.meta_learning', str(job)]
-    with open(tmp_path/'said', 'w') as said: torchrun = subprocess.Popen(command, stdout=said, stderr=said)
+    command, environment = torchrun(['-m', 'talking_face.few_shot.meta_learning', str(job)], 2)
+    with open(tmp_path/'said', 'w') as said: training = subprocess.Popen(command, stdout=said, stderr=said, env=environment)
     try:
-        wait_for(lambda: len(checkpoints(run)) >= 2, lambda: torchrun.poll() is None, PATIENCE_S)
-        os.kill(children(torchrun.pid)[1], signal.SIGKILL)
-        assert torchrun.wait(PATIENCE_S) != 0
-    finally: torchrun.kill()
+        wait_for(lambda: len(checkpoints(run)) >= 2, lambda: training.poll() is None, PATIENCE_S)
+        os.kill(children(training.pid)[1], signal.SIGKILL)
+        assert training.wait(PATIENCE_S) != 0
+    finally: training.kill()
     newest = len(checkpoints(run))
     assert 2 <= newest < 10 and not (run/'DONE').exists()
     resumed = meta_learn(config, workshop.shards, run, resume=True, callback=lambda *_: None)
@@ -130,8 +130,9 @@ def test_an_error_of_the_first_process_is_said_once(monkeypatch):
 class Store(dict):
     def set(self, key, value): self[key] = value.encode()
     def get(self, key): return dict.__getitem__(self, key)
+    def check(self, keys): return set(keys) <= self.keys()
     def wait(self, keys, patience):
-        if not set(keys) <= self.keys(): raise TimeoutError
+        if not self.check(keys): raise TimeoutError
 
 
 def test_the_reason_travels_to_the_first_process():
@@ -140,3 +141,31 @@ def test_the_reason_travels_to_the_first_process():
     with pytest.raises(TalkingFaceError, match='process 1 of 2: shard 7 is gone'), Distributed(0, 2, store=store): raise RuntimeError('gloo: Connection closed by peer')
     with pytest.raises(TalkingFaceError, match='lost contact'), Distributed(0, 2, store=Store()): raise RuntimeError('gloo: Connection closed by peer')
     with pytest.raises(RuntimeError, match='matrix'), Distributed(0, 2, store=Store()): raise RuntimeError('a matrix does not fit')     # an error of ours stays what it is
+
+
+def test_who_leaves_last_is_not_lost_but_who_fails_last_is_heard(monkeypatch):
+    "A process that is through closes its connections; the wait for it then ends like the wait for one that failed."
+    ended = []
+    def refuse(): raise RuntimeError('gloo: Connection closed by peer')
+    monkeypatch.setattr('torch.distributed.barrier', refuse)
+    monkeypatch.setattr('torch.distributed.destroy_process_group', lambda: ended.append(True))
+    monkeypatch.setattr('torch.distributed.distributed_c10d._get_default_group', lambda: None)
+    with Distributed(0, 2, store=Store({'through 1': b''})): pass
+    assert ended == [True]
+    with pytest.raises(TalkingFaceError, match='process 1 of 2: the disk is full'), Distributed(0, 2, store=Store(failed=b'process 1 of 2: the disk is full')): pass
+    with pytest.raises(SystemExit), Distributed(1, 2, store=Store()): pass
+
+
+def can_be_nowhere() -> bool:
+    return bool(shutil.which('unshare')) and subprocess.run(['unshare', '--net', '--uts', 'sh', '-c', 'hostname nowhere && ip link set lo up'], capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not can_be_nowhere(), reason='makes a machine whose name leads nowhere with unshare, hostname and ip, which needs their permission')
+def test_processes_find_each_other_where_the_name_of_the_machine_leads_nowhere(tmp_path):
+    program = tmp_path/'count.py'
+    program.write_text('import torch\nfrom talking_face.networks.distributed import Distributed\n'
+                       "with Distributed.from_env('cpu', 60) as d: print('sum', int(d.average(torch.tensor([d.rank + 1]), 1)))\n")
+    command, environment = torchrun([str(program)], 2)
+    found = subprocess.run(['unshare', '--net', '--uts', 'sh', '-c', 'hostname nowhere; ip link set lo up; exec "$@"', 'sh', *command], env=environment, text=True,
+                           capture_output=True, timeout=PATIENCE_S)
+    assert found.returncode == 0 and found.stdout.count('sum 3') == 2, found.stderr

@@ -5,7 +5,7 @@
 # %% ../../nbs/04_networks/06_distributed.ipynb #c0217922
 from __future__ import annotations
 
-import contextlib, hashlib, os, subprocess, sys, tempfile, time
+import contextlib, hashlib, os, re, socket, subprocess, sys, tempfile, time
 from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
@@ -21,7 +21,7 @@ from ..core import ConfigError, TalkingFaceError, TrainingAlarm, pick_device
 _Result = TypeVar('_Result')
 
 # %% auto #0
-__all__ = ['LOST_CONTACT', 'Place', 'Exchange', 'Distributed', 'fingerprint', 'launch']
+__all__ = ['LOST_CONTACT', 'Place', 'Exchange', 'Distributed', 'fingerprint', 'torchrun', 'launch']
 
 # %% ../../nbs/04_networks/06_distributed.ipynb #8f0bf13c
 class Place:
@@ -109,9 +109,12 @@ LOST_CONTACT = ('gloo', 'nccl', 'connection', 'timed out', 'socket', 'peer')  # 
 
 _ended: list[Any] = []  # groups that are through, kept to the end of the program: freed at once, gloo's thread could wait for us while we wait for it
 
-def _leave() -> None:
-    "Wait for the others, and end the group."
-    dist.barrier()
+def _leave(place: Place) -> None:
+    "Wait for the others, and end the group. Raises RuntimeError where another process failed in its last moments."
+    place.store.set(f'through {place.rank}', '')
+    try: dist.barrier()
+    except RuntimeError:  # the others may have gone ahead: who is through closes its connections
+        if not place.store.check([f'through {rank}' for rank in range(place.world_size)]): raise
     _ended.append(dist.distributed_c10d._get_default_group())
     dist.destroy_process_group()
 
@@ -164,14 +167,19 @@ class Distributed(Exchange):
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
         if self.alone: return
-        if error is None: _leave(); return
-        if isinstance(error, RuntimeError) and any(word in str(error).lower() for word in LOST_CONTACT):
-            reason = f'process {self.rank} of {self.world_size} lost contact with the others ({str(error).splitlines()[0]}); one was killed, or the network failed'
-            with contextlib.suppress(Exception):  # the store may be gone, too
-                self.store.wait(['failed'], timedelta(seconds=2)); reason = self.store.get('failed').decode()
-            raise (TalkingFaceError(reason) if self.first else SystemExit(2)) from error
-        if isinstance(error, Exception):  # nothing is cleared up: this process is about to end, which is what tells the others
+        if error is None:
+            try: _leave(self)
+            except RuntimeError as lost: raise self._parted(lost) from lost
+        elif isinstance(error, RuntimeError) and any(word in str(error).lower() for word in LOST_CONTACT): raise self._parted(error) from error
+        elif isinstance(error, Exception):  # nothing is cleared up: this process is about to end, which is what tells the others
             with contextlib.suppress(Exception): self.store.set('failed', f'process {self.rank} of {self.world_size}: {error or kind.__name__}')
+
+    def _parted(self, error: RuntimeError) -> BaseException:
+        "How this process ends when another one is gone: process 0 with that one's reason, the others without a word."
+        reason = f'process {self.rank} of {self.world_size} lost contact with the others ({str(error).splitlines()[0]}); one was killed, or the network failed'
+        with contextlib.suppress(Exception):  # the store may be gone, too
+            self.store.wait(['failed'], timedelta(seconds=2)); reason = self.store.get('failed').decode()
+        return TalkingFaceError(reason) if self.first else SystemExit(2)
 
 # %% ../../nbs/04_networks/06_distributed.ipynb #fc03b6a9
 def fingerprint(modules: dict[str, nn.Module]) -> str:
@@ -184,15 +192,33 @@ def fingerprint(modules: dict[str, nn.Module]) -> str:
     return digest.hexdigest()
 
 # %% ../../nbs/04_networks/06_distributed.ipynb #98e77823
+def torchrun(program: list[str], processes: int) -> tuple[list[str], dict[str, str]]:
+    """The command, and its environment, that runs `python PROGRAM` in `processes` processes of this machine.
+
+    They meet at the loopback address: the machine's own name, torchrun's default, may not resolve, or resolve to an address that no one reaches.
+    """
+    loopback = []
+    with contextlib.suppress(OSError): loopback = [name for _, name in socket.if_nameindex() if name.startswith('lo')]
+    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', str(processes),
+               '--rdzv-backend', 'c10d', '--rdzv-endpoint', '127.0.0.1:0', '--local-addr', '127.0.0.1', *program]
+    return command, {**({'GLOO_SOCKET_IFNAME': loopback[0]} if loopback else {}), **os.environ}
+
+def _reason(text: str) -> str:
+    "Why processes ended, from all that they and torchrun printed: a line `error: ...`, the last error of a process, or the last line."
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    said = [line.removeprefix('error: ') for line in lines if line.startswith('error: ')]
+    raised = [line for line in lines if re.match(r'(\[rank\d+\]: )?[\w.]*(Error|Exception|Alarm): ', line) and 'ChildFailedError' not in line]
+    return (said[:1] or raised[-1:] or lines[-1:] or ['without a word'])[0]
+
 def launch(program: list[str], processes: int, watch: Callable[[], None] = lambda: None, interval_s: float = 0.5) -> str:
     """Run `python PROGRAM` (a file, or `-m` and a module, with arguments) in `processes` processes of this machine; returns what they printed.
 
     `watch()` is called every `interval_s`. Where a process fails, the rest end too, and TalkingFaceError is raised with the first line that starts
-    with `error: `, or the last line there is. An exception here, Ctrl-C included, ends them all.
+    with `error: `, or the error on which a process ended. An exception here, Ctrl-C included, ends them all.
     """
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes), *program]
+    command, environment = torchrun(program, processes)
     with tempfile.TemporaryFile('w+', encoding='utf-8', errors='replace') as said:
-        child = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        child = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment)
         try:
             while child.poll() is None: time.sleep(interval_s); watch()
         finally:
@@ -200,9 +226,9 @@ def launch(program: list[str], processes: int, watch: Callable[[], None] = lambd
         said.seek(0)
         text = said.read()
     if child.returncode:
-        lines = [line for line in text.splitlines() if line.strip()]
-        reason = next((line.removeprefix('error: ') for line in lines if line.startswith('error: ')), lines[-1] if lines else 'without a word')
-        raise TalkingFaceError(f'{reason} (one of {processes} processes ended with code {child.returncode})')
+        failure = TalkingFaceError(f'{_reason(text)} (one of {processes} processes ended with code {child.returncode})')
+        failure.add_note(text[-4000:])
+        raise failure
     return text
 
 def _end(child: subprocess.Popen, patience_s: float = 40.0) -> None:
