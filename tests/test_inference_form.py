@@ -14,7 +14,7 @@ from talking_face.core import ConfigError, frames_to_tensor
 from talking_face.few_shot.generator import Generator
 from talking_face.few_shot.generator_inference import (FoldedConvolution, InferenceGenerator, attention_in_blocks, can_pack, channel_statistics, compile_form,
                                                        enlarging_kernel, fused_adain, pooled_kernel)
-from talking_face.networks.layers import InstanceNorm, adain, fold_spectral_norm
+from talking_face.networks.normalisation import InstanceNorm, adain, fold_spectral_norm
 from talking_face.signals.drawing import draw_landmarks
 
 from helpers import clip

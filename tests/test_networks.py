@@ -13,8 +13,8 @@ from talking_face.core import ConfigError, DataError
 from talking_face.few_shot.discriminator import Discriminator, VideoTable
 from talking_face.few_shot.embedders import Embedder, Trunk
 from talking_face.few_shot.generator import Generator
-from talking_face.networks.layers import (AdaptiveUpBlock, DownBlock, SelfAttention, adain, convolution, fold_spectral_norm, frozen, run_block,
-                                          set_checkpointing, settle_spectral_norm, with_spectral_norm)
+from talking_face.networks.layers import AdaptiveUpBlock, DownBlock, SelfAttention, convolution, run_block, set_checkpointing
+from talking_face.networks.normalisation import adain, fold_spectral_norm, frozen, settle_spectral_norm, with_spectral_norm
 
 MICRO = ModelConfig(image_size=32, embedding_size=16, embedder_width=4, generator_width=4, generator_downs=2, generator_residuals=1, generator_last=4,
                     discriminator_width=4)
@@ -426,7 +426,8 @@ def test_trunk_maps_are_block_outputs():
 
 def test_folding_a_copy_leaves_the_original_alone():
     "torch's removal edits the class of a parametrised layer, and deep copies share it."
-    from talking_face.networks.layers import DownBlock, fold_spectral_norm
+    from talking_face.networks.layers import DownBlock
+    from talking_face.networks.normalisation import fold_spectral_norm
     block = DownBlock(6, 8, spectral=True).eval()
     x = torch.randn(2, 6, 8, 8)
     before = block(x)

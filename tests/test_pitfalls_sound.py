@@ -10,7 +10,9 @@ from talking_face.config import ModelConfig
 from talking_face.core import DataError
 from talking_face.data.episodes import EpisodeSampler
 from talking_face.signals.sound_inputs import sound_inputs, sound_shape
-from test_pitfalls import MODEL, number_of, one_thread, store      # noqa: F401, a fixture among them
+from test_pitfalls import MODEL, number_of, store      # noqa: F401, a fixture among them
+
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 HEARING = MODEL.replace(sound='logmel', sound_size=8, sound_width=4)
 THESIS = HEARING.replace(sound='thesis_mel')

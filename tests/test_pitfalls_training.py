@@ -19,7 +19,9 @@ from talking_face.few_shot.meta_learning import FewShotLearner, build_model, loa
 from talking_face.few_shot.person import feed_forward, load_person
 from talking_face.networks.layers import SelfAttention
 from talking_face.networks.training import checkpoints, load_tensors
-from test_pitfalls import CLIPS, MODEL, POINTS, one_thread, plain, shards, store      # noqa: F401, fixtures among them
+from test_pitfalls import CLIPS, MODEL, POINTS, plain, shards, store      # noqa: F401, fixtures among them
+
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 NOTHING = dict.fromkeys([item.name for item in dataclasses.fields(LossConfig) if not item.name.endswith('_path')], 0.0)
 ADVERSARIAL = dict(adversarial=1.0, feature_matching=10.0, match=10.0)

@@ -1,4 +1,5 @@
 "What a frame hears, what an episode brings along, and the scorer of mouth and sound: files and clips that a chapter cannot hold."
+import os, subprocess, sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -311,3 +312,13 @@ def test_a_scorer_learns_what_belongs_together():
         optimiser.step()
     images, faces, sounds = judged
     assert before < 0.5 < lip_sync_accuracy(scorer, *judged) and lip_sync_accuracy(scorer, images.roll(5, 0), faces, sounds) < 0.5
+
+
+def test_sound_inputs_do_not_depend_on_the_number_of_threads():
+    "numpy's products round differently on one thread and on two, and a training that is resumed on another number would drift."
+    program = ('import hashlib, numpy as np\nfrom talking_face.signals.audio import log_mel_spectrogram\nfrom talking_face.signals.sound_inputs import thesis_mel\n'
+               'samples = np.random.default_rng(0).normal(0, .1, 48_000).astype(np.float32)\n'
+               'for each in (log_mel_spectrogram(samples), thesis_mel(samples, np.arange(75) / 25, 25, 16)): print(hashlib.sha256(each.tobytes()).hexdigest())')
+    said = [subprocess.run([sys.executable, '-c', program], env={**os.environ, 'OPENBLAS_NUM_THREADS': threads, 'OMP_NUM_THREADS': threads}, text=True,
+                           capture_output=True, check=True).stdout for threads in ('1', '2')]
+    assert said[0] == said[1] and len(said[0].split()) == 2

@@ -23,7 +23,7 @@ from ..few_shot.episode_objectives import autocast
 from ..few_shot.generator import Generator
 from ..few_shot.generator_inference import InferenceGenerator, compile_form
 from ..few_shot.meta_learning import FewShotLearner, build_model
-from ..networks.layers import settle_spectral_norm
+from ..networks.normalisation import settle_spectral_norm
 from ..networks.perceptual import VGG_LAYOUTS
 from ..signals.drawing import draw_landmarks
 from ..signals.media import iterate_video

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ..config import ModelConfig
 from ..core import DataError
 from .embedders import Trunk, pool_positions
-from ..networks.layers import STYLES, check_shape
+from ..networks.layers import STYLES
+from ..networks.normalisation import check_shape
 
 # %% auto #0
 __all__ = ['VideoTable', 'RowAdam', 'DiscriminatorOutput', 'Discriminator']

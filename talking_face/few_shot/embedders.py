@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig
 from ..core import ConfigError
-from ..networks.layers import OURS, STYLES, BlockStyle, DownBlock, ResidualBlock, SelfAttention, check_shape, run_block
+from ..networks.layers import OURS, STYLES, BlockStyle, DownBlock, ResidualBlock, SelfAttention, run_block
+from ..networks.normalisation import check_shape
 
 # %% auto #0
 __all__ = ['trunk_channels', 'attention_place', 'Trunk', 'pool_positions', 'Embedder', 'mean_embedding']

@@ -19,7 +19,7 @@ from .discriminator import Discriminator, VideoTable
 from .embedders import Embedder, mean_embedding
 from .generator import Generator
 from .sound_embedder import SoundEmbedder
-from ..networks.layers import frozen
+from ..networks.normalisation import frozen
 from ..networks.lip_sync import SyncScorer, lip_sync_loss
 from ..networks.losses import feature_matching_loss, hinge_discriminator_loss, hinge_generator_loss, match_loss
 

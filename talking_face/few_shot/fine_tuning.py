@@ -22,7 +22,7 @@ from .fine_tuner import FineTuner, fine_tuning_step, photo_views, with_first_rat
 from .meta_learning import FewShotModel
 from .person import Critic, Person, bare_generator, base_state, compacted, likeness, poses_between, ready, sound_path
 from ..networks.differences import difference_factors, train_low_rank
-from ..networks.layers import fold_spectral_norm
+from ..networks.normalisation import fold_spectral_norm
 from ..networks.training import MovingAverage, load_module, step_size_factor
 from ..runs import Progress
 

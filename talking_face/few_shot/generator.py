@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ..config import ModelConfig
 from ..core import ConfigError
 from .embedders import attention_place
-from ..networks.layers import (STYLES, AdaptiveResidualBlock, AdaptiveUpBlock, DownBlock, SelfAttention, adain, check_shape, convolution,
-                                          frozen, run_block, with_spectral_norm, without_autocast)
+from ..networks.layers import STYLES, AdaptiveResidualBlock, AdaptiveUpBlock, DownBlock, SelfAttention, convolution, run_block, without_autocast
+from ..networks.normalisation import adain, check_shape, frozen, with_spectral_norm
 
 # %% auto #0
 __all__ = ['GeneratorTrace', 'generator_channels', 'GeneratorBlocks', 'GeneratorProjection', 'Generator']

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ..core import ConfigError
 from .generator import Generator
-from ..networks.layers import EPSILON, AdaptiveResidualBlock, AdaptiveUpBlock, DownBlock, SelfAttention, check_shape, frozen
+from ..networks.layers import AdaptiveResidualBlock, AdaptiveUpBlock, DownBlock, SelfAttention
+from ..networks.normalisation import EPSILON, check_shape, frozen
 
 # %% auto #0
 __all__ = ['FEW', 'Scales', 'pooled_kernel', 'enlarging_kernel', 'four_pixel_kernel', 'can_pack', 'FoldedConvolution',

@@ -27,7 +27,8 @@ from .generator import Generator
 from .sound_embedder import SoundEmbedder
 from .systems import build_networks
 from ..networks.distributed import Distributed, launch
-from ..networks.layers import frozen, set_checkpointing, settle_spectral_norm
+from ..networks.layers import set_checkpointing
+from ..networks.normalisation import frozen, settle_spectral_norm
 from ..networks.losses import ContentLoss
 from ..networks.training import TrainingLoop, checkpoints, load_module, load_tensors
 from ..runs import PROGRESS_FILE, Progress, RunFolder

@@ -27,7 +27,7 @@ from .meta_learning import FewShotModel, load_run, stored_config
 from .sound_embedder import SoundEmbedder
 from ..networks.differences import Difference, apply_difference, compress_difference
 from ..networks.distributed import fingerprint
-from ..networks.layers import fold_spectral_norm, settle_spectral_norm
+from ..networks.normalisation import fold_spectral_norm, settle_spectral_norm
 from ..networks.losses import ssim_loss
 from ..networks.training import load_module, load_tensors, save_tensors
 from ..signals.drawing import draw_landmarks

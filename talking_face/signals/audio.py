@@ -18,8 +18,8 @@ MEL_RANGE_HZ = (55.0, 7600.0)
 FLOOR_DB = -80.0           # quieter than this, relative to a full-scale tone, counts as silence
 
 # %% auto #0
-__all__ = ['AUDIO_RATE_HZ', 'ROW_S', 'ANALYSIS_S', 'MEL_BINS', 'MEL_RANGE_HZ', 'FLOOR_DB', 'log_mel_spectrogram', 'mfcc',
-           'first_rows', 'frame_windows', 'window_at']
+__all__ = ['AUDIO_RATE_HZ', 'ROW_S', 'ANALYSIS_S', 'MEL_BINS', 'MEL_RANGE_HZ', 'FLOOR_DB', 'band_power', 'log_mel_spectrogram',
+           'mfcc', 'first_rows', 'frame_windows', 'window_at']
 
 # %% ../../nbs/02_signals/07_audio.ipynb #50bc9c4c
 def _checked_samples(samples: np.ndarray) -> np.ndarray:
@@ -28,6 +28,14 @@ def _checked_samples(samples: np.ndarray) -> np.ndarray:
     if samples.ndim != 1 or len(samples) == 0 or samples.dtype.kind != 'f' or not np.isfinite(samples).all():
         raise ValueError(f'samples must be finite floating-point numbers of shape (S,), S > 0, got {samples.dtype} {samples.shape}')
     return samples.astype(np.float32, copy=False)
+
+def band_power(power: np.ndarray, filters: np.ndarray) -> np.ndarray:
+    """The power that each filter lets through: `power` (J, bins), `filters` (bands, bins), to (J, bands).
+
+    A sparse product, since a band has few bins. A dense one would also round differently with every number of threads.
+    """
+    from scipy.sparse import csr_array
+    return (csr_array(filters) @ power.T).T
 
 def log_mel_spectrogram(samples: np.ndarray, sample_rate_hz: int = AUDIO_RATE_HZ, bin_count: int = MEL_BINS) -> np.ndarray:
     """Loudness over time and pitch of a whole clip, computed once; frames then take their windows from it.
@@ -43,7 +51,7 @@ def log_mel_spectrogram(samples: np.ndarray, sample_rate_hz: int = AUDIO_RATE_HZ
     power = np.abs(spectrum.T * (4 / length)) ** 2                     # 2 / sum(w), where a Hann window sums to length / 2
     lowest, highest = MEL_RANGE_HZ[0], min(MEL_RANGE_HZ[1], sample_rate_hz / 2)
     filters = librosa.filters.mel(sr=sample_rate_hz, n_fft=size, n_mels=bin_count, fmin=lowest, fmax=highest, norm=None)
-    decibels = 10 * np.log10(np.maximum(power @ filters.T, 1e-20))
+    decibels = 10 * np.log10(np.maximum(band_power(power, filters), 1e-20))
     return np.maximum(1 - decibels / FLOOR_DB, 0).astype(np.float32)
 
 # %% ../../nbs/02_signals/07_audio.ipynb #8298aefd

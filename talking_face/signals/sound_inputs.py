@@ -14,7 +14,7 @@ import numpy as np
 
 from ..config import ModelConfig
 from ..core import ConfigError
-from .audio import AUDIO_RATE_HZ, MEL_BINS, log_mel_spectrogram, window_at
+from .audio import AUDIO_RATE_HZ, MEL_BINS, band_power, log_mel_spectrogram, window_at
 
 SYNC_FRAMES = 5       # pictures by which a mouth is compared with sound: as many as SyncNet looks at
 SYNC_WINDOW_S = 0.4   # the sound of such a stretch: its 0.2 s and half of that on either side
@@ -51,7 +51,7 @@ def _thesis_decibels(pieces: np.ndarray) -> np.ndarray:
     frames = np.lib.stride_tricks.sliding_window_view(mirrored, THESIS_FFT, axis=1)[:, ::THESIS_HOP]                 # (T, columns, 2048)
     hann = np.float32(0.5 - 0.5 * np.cos(2 * np.pi * np.arange(THESIS_FFT) / THESIS_FFT))
     power = (np.abs(np.fft.rfft(frames * hann)) ** 2).reshape(-1, THESIS_FFT // 2 + 1)                               # flat: one product of matrices
-    decibels = 10 * np.log10(np.maximum(power @ _thesis_filters().T, 1e-10)).reshape(*frames.shape[:2], THESIS_BINS).transpose(0, 2, 1)
+    decibels = 10 * np.log10(np.maximum(band_power(power, _thesis_filters()), 1e-10)).reshape(*frames.shape[:2], THESIS_BINS).transpose(0, 2, 1)
     return np.maximum(decibels - decibels.max((1, 2), keepdims=True), -THESIS_FLOOR_DB)
 
 def thesis_mel(samples: np.ndarray, times_s: Sequence[Fraction | float], fps: Fraction | float, size: int) -> np.ndarray:
