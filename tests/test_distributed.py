@@ -36,7 +36,7 @@ def everything(**changes: object) -> MetaLearningConfig:
     and small steps. `test_two_processes_train_what_one_trains` looks at the rest of the weights more closely."""
     config = preset('tiny', 'va_sync')
     losses = config.losses.replace(adversarial=.5, feature_matching=5., match=1., sound_match=1., gradient_penalty=1.)
-    options = dict(precision='fp32', learning_rate=1e-4, discriminator_learning_rate=1e-5, schedule='constant', warmup_steps=0, steps=4, clips=4, targets=8, support=(2,),
+    options = dict(precision='fp32', learning_rate=3e-5, discriminator_learning_rate=1e-5, schedule='constant', warmup_steps=0, steps=4, clips=4, targets=8, support=(2,),
                    accumulate=2, sync_start=0., gradient_penalty_every=2, threads=1, log_every=1,
                    sample_every=0, checkpoint_every=1, keep_checkpoints=99, device='cpu')
     return config.replace(model=config.model.replace(**SHAPES), losses=losses, **options | changes)

@@ -13,11 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.parametrizations import spectral_norm
 
 # %% auto #0
-__all__ = ['EPSILON', 'check_shape', 'adain', 'InstanceNorm', 'settle_spectral_norm', 'with_spectral_norm', 'frozen',
-           'fold_spectral_norm']
+__all__ = ['EPSILON', 'check_shape', 'adain', 'InstanceNorm', 'SpectralNorm', 'settle_spectral_norm', 'with_spectral_norm',
+           'frozen', 'fold_spectral_norm']
 
 # %% ../../nbs/04_networks/00_normalisation.ipynb #b0eedd69
 def check_shape(name: str, tensor: Tensor, **axes: int | None) -> None:
@@ -96,6 +95,54 @@ class InstanceNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor: return adain(x, self.psi.expand(len(x), -1))
 
 # %% ../../nbs/04_networks/00_normalisation.ipynb #bb229ec5
+def _as_matrix(weight: Tensor) -> tuple[Tensor, bool]:
+    "A view (outputs, rest) of a weight in the order in which it lies in memory, and whether that is channels-last."
+    last = weight.ndim == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
+    return (weight.permute(0, 2, 3, 1) if last else weight).flatten(1), last
+
+class _Normalise(torch.autograd.Function):
+    "weight / (u^T weight v) for singular vectors u (outputs,) and v (rest,) in the order of `_as_matrix`."
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        ctx.sigma = torch.dot(u, torch.mv(_as_matrix(weight)[0], v))
+        normalised = weight / ctx.sigma
+        ctx.save_for_backward(weight, normalised, u, v)
+        return normalised
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        weight, normalised, u, v = ctx.saved_tensors
+        sigma = torch.dot(u, torch.mv(_as_matrix(weight)[0], v)) if torch.is_grad_enabled() else ctx.sigma  # second derivatives see that it moves
+        if _as_matrix(normalised)[1]: gradient = gradient.contiguous(memory_format=torch.channels_last)
+        else: gradient = gradient.contiguous()
+        (g, last), w = _as_matrix(gradient), _as_matrix(normalised)[0]
+        slope = torch.addr(g, u * torch.sum(g * w), v, alpha=-1) / sigma
+        outputs, inputs, *kernel = gradient.shape
+        return slope.view(outputs, *kernel, inputs).permute(0, 3, 1, 2) if last else slope.view(gradient.shape), None, None
+
+class SpectralNorm(nn.Module):
+    """A parametrisation that divides a weight by its largest singular value, followed by one power iteration per use in `train()` mode.
+
+    The buffers `_u` (outputs,) and `_v` (inputs * kernel,) are those of torch's own, by name and order.
+    """
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.register_buffer('_u', weight.new_zeros(weight.shape[0]))
+        self.register_buffer('_v', weight.new_zeros(weight[0].numel()))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        matrix, last = _as_matrix(weight.detach())
+        shape = weight.shape[1:]
+        def to_memory(v: Tensor) -> Tensor: return v.view(shape).permute(1, 2, 0).reshape(-1) if last else v
+        with torch.autocast(weight.device.type, enabled=False):
+            if self.training:
+                self._u.copy_(F.normalize(torch.mv(matrix, to_memory(self._v)), dim=0, eps=1e-12))
+                v = F.normalize(torch.mv(matrix.T, self._u), dim=0, eps=1e-12)
+                self._v.copy_(v.view(*shape[1:], shape[0]).permute(2, 0, 1).reshape(-1) if last else v)
+            return _Normalise.apply(weight, self._u.clone(), to_memory(self._v).clone())
+
+# %% ../../nbs/04_networks/00_normalisation.ipynb #0e54c895
 def settle_spectral_norm(module: nn.Module) -> nn.Module:
     """Set the stored singular vectors of every spectrally normalised weight in `module` to the exact leading ones; returns `module`.
 
@@ -118,9 +165,11 @@ def with_spectral_norm(layer: nn.Module) -> nn.Module:
     In `train()` mode every use makes one power iteration; in `eval()` mode the stored vectors stand still. They are part of the state dict.
     On torch's meta device, where tensors have shapes but no numbers, the layer is left as it is: networks built there are for counting.
     """
-    return layer if layer.weight.is_meta else settle_spectral_norm(spectral_norm(layer))
+    if layer.weight.is_meta: return layer
+    parametrize.register_parametrization(layer, 'weight', SpectralNorm(layer.weight))
+    return settle_spectral_norm(layer)
 
-# %% ../../nbs/04_networks/00_normalisation.ipynb #4b03b725
+# %% ../../nbs/04_networks/00_normalisation.ipynb #86640d79
 @contextlib.contextmanager
 def frozen(module: nn.Module) -> Iterator[nn.Module]:
     """Inside the block: parameters of `module` take no gradient and its spectral norms stand still; gradients still flow *through* it.
