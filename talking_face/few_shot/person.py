@@ -135,6 +135,7 @@ class Person(PersonParts):
         drawings = to_device(drawings_tensor(landmarks, self.config, mouth), device, self.config.channels_last)
         with autocast(device, self.config.precision):
             if self.sound is not None:
+                if sounds is not None and len(sounds) != len(landmarks): raise ValueError(f'{len(landmarks)} rows of landmarks and {len(sounds)} sounds: one sound for each')
                 heard = torch.as_tensor(silence(self.config.model, 1) if sounds is None else sounds, dtype=torch.float32, device=device)
                 psi = (self.psi + self.sound(heard)).expand(len(drawings), -1)
             images = self.form(drawings, psi)

@@ -117,7 +117,8 @@ class _Normalise(torch.autograd.Function):
         if _as_matrix(normalised)[1]: gradient = gradient.contiguous(memory_format=torch.channels_last)
         else: gradient = gradient.contiguous()
         (g, last), w = _as_matrix(gradient), _as_matrix(normalised)[0]
-        slope = torch.addr(g, u * torch.sum(g * w), v, alpha=-1) / sigma
+        slope = torch.addr(g, u * torch.dot(g.reshape(-1), w.reshape(-1)), v, alpha=-1)
+        slope = slope / sigma if torch.is_grad_enabled() else slope.div_(sigma)  # fresh memory costs more than the division
         outputs, inputs, *kernel = gradient.shape
         return slope.view(outputs, *kernel, inputs).permute(0, 3, 1, 2) if last else slope.view(gradient.shape), None, None
 
