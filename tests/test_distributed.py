@@ -1,5 +1,5 @@
 """Two processes train what one trains: the tiny GAN on gloo, started by torchrun as users start it; one is killed, and the training is continued by the other number."""
-import os, shutil, signal, subprocess
+import os, shutil, signal, subprocess, sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ from helpers import wait_for
 from talking_face.config import MetaLearningConfig, preset
 from talking_face.core import ConfigError, DataError, TalkingFaceError, write_json
 from talking_face.few_shot.meta_learning import meta_learn, meta_learn_with
-from talking_face.networks.distributed import Distributed, Place, torchrun
+from talking_face.networks.distributed import Distributed, Place, meeting_trouble, torchrun
 from talking_face.networks.training import checkpoints
 from talking_face.runs import RunFolder
 
@@ -52,12 +52,17 @@ def assert_close(mine: dict, theirs: dict, tolerance: float) -> None:
 
 
 @pytest.fixture(scope='module')
+def meeting() -> None:
+    if trouble := meeting_trouble(): pytest.skip(f'two processes cannot meet on this machine: {trouble}')
+
+
+@pytest.fixture(scope='module')
 def alone(workshop, tmp_path_factory) -> RunFolder:
     torch.set_num_threads(1)
     return meta_learn(everything(), workshop.shards, tmp_path_factory.mktemp('alone')/'run', callback=lambda *_: None)
 
 
-def test_two_processes_train_what_one_trains(workshop, alone, tmp_path):
+def test_two_processes_train_what_one_trains(meeting, workshop, alone, tmp_path):
     seen = []
     run = meta_learn_with(2, everything(), workshop.shards, tmp_path/'run', callback=lambda done, total, text: seen.append(done))
     assert run.events('start')[0]['processes'] == 2 and (run.path/'DONE').exists() and seen[-1] == 4
@@ -90,7 +95,7 @@ def children(process: int) -> dict[int, int]:
 
 
 @pytest.mark.skipif(not Path(f'/proc/self/task/{os.getpid()}/children').exists(), reason='finds its processes in /proc')
-def test_one_process_killed_ends_both_and_one_alone_continues(workshop, tmp_path):
+def test_one_process_killed_ends_both_and_one_alone_continues(meeting, workshop, tmp_path):
     config, run = everything(steps=10), tmp_path/'run'
     job = write_json(tmp_path/'job.json', dict(config=config.to_dict(), shards=str(workshop.shards), out=str(run), keys=None, resume=False))
     command, environment = torchrun(['-m', 'talking_face.few_shot.meta_learning', str(job)], 2)
@@ -156,16 +161,25 @@ def test_who_leaves_last_is_not_lost_but_who_fails_last_is_heard(monkeypatch):
     with pytest.raises(SystemExit), Distributed(1, 2, store=Store()): pass
 
 
+NOWHERE = ['unshare', '--net', '--uts', 'sh', '-c', 'hostname nowhere && ip link set lo up && exec "$@"', 'sh']     # runs a command on such a machine
+
+
 def can_be_nowhere() -> bool:
-    return bool(shutil.which('unshare')) and subprocess.run(['unshare', '--net', '--uts', 'sh', '-c', 'hostname nowhere && ip link set lo up'], capture_output=True).returncode == 0
+    meeting = "import socket; server = socket.create_server(('127.0.0.1', 0)); socket.create_connection(server.getsockname(), 5); socket.if_nameindex()"
+    try: return bool(shutil.which('unshare')) and subprocess.run([*NOWHERE, sys.executable, '-c', meeting], capture_output=True, timeout=20).returncode == 0
+    except subprocess.TimeoutExpired: return False
 
 
 @pytest.mark.skipif(not can_be_nowhere(), reason='makes a machine whose name leads nowhere with unshare, hostname and ip, which needs their permission')
-def test_processes_find_each_other_where_the_name_of_the_machine_leads_nowhere(tmp_path):
+def test_processes_find_each_other_where_the_name_of_the_machine_leads_nowhere(meeting, tmp_path):
     program = tmp_path/'count.py'
     program.write_text('import sys, torch\nfrom pathlib import Path\nfrom talking_face.networks.distributed import Distributed\n'
                        "with Distributed.from_env('cpu', 60) as d: Path(sys.argv[1], str(d.rank)).write_text(str(int(d.average(torch.tensor([d.rank + 1]), 1))))\n")
     command, environment = torchrun([str(program), str(tmp_path)], 2)
-    found = subprocess.run(['unshare', '--net', '--uts', 'sh', '-c', 'hostname nowhere; ip link set lo up; exec "$@"', 'sh', *command], env=environment, text=True,
-                           capture_output=True, timeout=PATIENCE_S)
+    found = subprocess.run([*NOWHERE, *command], env=environment, text=True, capture_output=True, timeout=PATIENCE_S)
     assert found.returncode == 0 and (tmp_path/'0').read_text() == (tmp_path/'1').read_text() == '3', found.stderr
+
+
+def test_a_machine_where_processes_cannot_meet_is_told_from_a_fault_of_ours(monkeypatch):
+    monkeypatch.setenv('GLOO_SOCKET_IFNAME', 'nothing0')
+    assert 'nothing0' in meeting_trouble()

@@ -21,7 +21,7 @@ from ..core import ConfigError, TalkingFaceError, TrainingAlarm, pick_device
 _Result = TypeVar('_Result')
 
 # %% auto #0
-__all__ = ['LOST_CONTACT', 'Place', 'Exchange', 'Distributed', 'fingerprint', 'torchrun', 'launch']
+__all__ = ['LOST_CONTACT', 'Place', 'Exchange', 'Distributed', 'fingerprint', 'torchrun', 'meeting_trouble', 'launch']
 
 # %% ../../nbs/04_networks/07_distributed.ipynb #d318498d
 class Place:
@@ -210,6 +210,14 @@ def _reason(text: str) -> str:
     said = [line.removeprefix('error: ') for line in lines if line.startswith('error: ')]
     raised = [line for line in lines if re.match(r'(\[rank\d+\]: )?[\w.]*(Error|Exception|Alarm): ', line) and 'ChildFailedError' not in line]
     return (said[:1] or raised[-1:] or lines[-1:] or ['without a word'])[0]
+
+def meeting_trouble(processes: int = 2) -> str:
+    "Why `processes` processes with nothing but torch in them cannot meet on this machine; '' where they can. Takes a few seconds."
+    code = ('import datetime, time, torch, torch.distributed as dist; dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60)); '
+            'x = torch.ones(1); dist.all_reduce(x); assert x == dist.get_world_size(); time.sleep(1)')  # the pause: nobody hangs up early
+    command, environment = torchrun(['--no-python', sys.executable, '-c', code], processes)
+    ended = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace')
+    return _reason(ended.stdout) if ended.returncode else ''
 
 def launch(program: list[str], processes: int, watch: Callable[[], None] = lambda: None, interval_s: float = 0.5) -> str:
     """Run `python PROGRAM` (a file, or `-m` and a module, with arguments) in `processes` processes of this machine; returns what they printed.
