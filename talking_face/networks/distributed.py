@@ -5,7 +5,7 @@
 # %% ../../nbs/04_networks/07_distributed.ipynb #ec4f47c4
 from __future__ import annotations
 
-import contextlib, hashlib, os, re, socket, subprocess, sys, tempfile, time
+import contextlib, ctypes, hashlib, os, re, socket, subprocess, sys, tempfile, time
 from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
@@ -107,15 +107,14 @@ class Exchange(Place):
 # %% ../../nbs/04_networks/07_distributed.ipynb #b8a3f938
 LOST_CONTACT = ('gloo', 'nccl', 'connection', 'timed out', 'socket', 'peer')  # words of torch's errors where another process is gone
 
-_ended: list[Any] = []  # groups that are through, kept to the end of the program: freed at once, gloo's thread could wait for us while we wait for it
-
 def _leave(place: Place) -> None:
     "Wait for the others, and end the group. Raises RuntimeError where another process failed in its last moments."
     place.store.set(f'through {place.rank}', '')
     try: dist.barrier()
     except RuntimeError:  # the others may have gone ahead: who is through closes its connections
         if not place.store.check([f'through {rank}' for rank in range(place.world_size)]): raise
-    _ended.append(dist.distributed_c10d._get_default_group())
+    # gloo's threads may outlive the group: freed now, it could wait for them for ever, and freed at the program's end, abort it; so it is never freed
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.distributed_c10d._get_default_group()))
     dist.destroy_process_group()
 
 # %% ../../nbs/04_networks/07_distributed.ipynb #a2c80d76
