@@ -116,6 +116,7 @@ def _leave(place: Place) -> None:
     # gloo's threads may outlive the group: freed now, it could wait for them for ever, and freed at the program's end, abort it; so it is never freed
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.distributed_c10d._get_default_group()))
     dist.destroy_process_group()
+    time.sleep(0.2)  # gloo's thread lets go of the last exchange, for which it needs the interpreter: that must not have begun to end
 
 # %% ../../nbs/04_networks/07_distributed.ipynb #a2c80d76
 class _Function(nn.Module):
@@ -205,15 +206,15 @@ def torchrun(program: list[str], processes: int) -> tuple[list[str], dict[str, s
 
 def _reason(text: str) -> str:
     "Why processes ended, from all that they and torchrun printed: a line `error: ...`, the last error of a process, or the last line."
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in text.splitlines() if any(map(str.isalnum, line))]
     said = [line.removeprefix('error: ') for line in lines if line.startswith('error: ')]
     raised = [line for line in lines if re.match(r'(\[rank\d+\]: )?[\w.]*(Error|Exception|Alarm): ', line) and 'ChildFailedError' not in line]
     return (said[:1] or raised[-1:] or lines[-1:] or ['without a word'])[0]
 
 def meeting_trouble(processes: int = 2) -> str:
     "Why `processes` processes with nothing but torch in them cannot meet on this machine; '' where they can. Takes a few seconds."
-    code = ('import datetime, time, torch, torch.distributed as dist; dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60)); '
-            'x = torch.ones(1); dist.all_reduce(x); assert x == dist.get_world_size(); time.sleep(1)')  # the pause: nobody hangs up early
+    code = ('import datetime, os, time, torch, torch.distributed as dist; dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60)); '
+            'x = torch.ones(1); dist.all_reduce(x); assert x == dist.get_world_size(); time.sleep(1); os._exit(0)')  # the pause: nobody hangs up early
     command, environment = torchrun(['--no-python', sys.executable, '-c', code], processes)
     ended = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace')
     return _reason(ended.stdout) if ended.returncode else ''
